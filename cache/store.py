@@ -1,0 +1,123 @@
+"""The protocol of a store, and the store in memory.
+
+Letters: R rows of a shard, n rows of a read; C channels, T time steps, H W grid.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from cache.cube import Spec
+from cache.rows import (
+    FileRecord,
+    RowDamaged,
+    RowKey,
+    RowNotReady,
+    RowOutcome,
+    RowRejected,
+    Shard,
+    ShardRecord,
+    SpecMismatch,
+    StoreError,
+)
+from cache.table import Cubes, TableStore
+
+__all__ = [
+    "FeatureStore",
+    "MemoryStore",
+    "RowDamaged",
+    "RowKey",
+    "RowNotReady",
+    "RowOutcome",
+    "RowRejected",
+    "Shard",
+    "SpecMismatch",
+    "StoreError",
+]
+
+
+class FeatureStore(Protocol):
+    """Cubes by (video, view). Close it after use, or use it in a `with` statement."""
+
+    @property
+    def spec(self) -> Spec:
+        """What decides the numbers in the store."""
+
+    def plan(self, video_ids: Sequence[str], views: Sequence[int]) -> None:
+        """Add the rows of ids x views that are not planned yet, video by video; a second call adds nothing."""
+
+    def pending(self) -> list[Shard]:
+        """Shards that are planned and not committed."""
+
+    def commit(self, shard: Shard, arrays: Mapping[str, Cubes], outcomes: Sequence[RowOutcome]) -> None:
+        """Store a whole shard; its rows are ready when this returns.
+
+        Args:
+            shard: one of `pending()`.
+            arrays: each array of the spec, (R, C, T, H, W) in exactly its dtype, one row per row of the shard.
+                Rows that are rejected may hold anything; the others must be finite.
+            outcomes: one per row of the shard.
+        """
+
+    def ids(self) -> list[str]:
+        """Planned videos, in the order they were planned."""
+
+    def rows(self) -> list[RowKey]:
+        """Planned rows, in order."""
+
+    def outcome(self, video_id: str, view: int = 0) -> RowOutcome | None:
+        """How a row ended; None when it is not extracted yet, or not planned."""
+
+    def read(self, video_ids: Sequence[str], views: Sequence[int], array: str = "cube") -> Cubes:
+        """Rows in the order asked, (n, C, T, H, W) in the stored dtype; row i is `views[i]` of `video_ids[i]`.
+
+        Raises:
+            RowNotReady, RowRejected, RowDamaged, StoreError: each names the video; nothing is ever filled in.
+        """
+
+    def content_hash(self) -> str:
+        """SHA-256 of the rows that are ready, as hex; the same for equal content in any layout or backend."""
+
+    def layout(self) -> dict[str, Any]:
+        """Backend, sizes and arrays, as a JSON object."""
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class MemoryStore(TableStore):
+    """Cubes in memory, gone with the process."""
+
+    def __init__(self, spec: Spec, shard_rows: int = 64) -> None:
+        super().__init__(spec, shard_rows)
+        self._blocks: dict[tuple[str, int], Cubes] = {}
+
+    def layout(self) -> dict[str, Any]:
+        num_bytes = sum(block.nbytes for block in self._blocks.values())
+        return {"backend": "memory", "compression": "none", "bytes": num_bytes, **self._shared_layout()}
+
+    def close(self) -> None:
+        pass
+
+    def _refresh(self) -> None:
+        pass
+
+    def _add_rows(self, video_ids: Sequence[str], views: Sequence[int]) -> None:
+        self._table.add_segment(self._table.unplanned(video_ids, views))
+
+    def _write_shard(self, shard_index: int, blocks: dict[str, Cubes]) -> dict[str, FileRecord | None]:
+        self._blocks |= {(name, shard_index): block for name, block in blocks.items()}
+        return dict.fromkeys(blocks)
+
+    def _publish(self, record: ShardRecord) -> None:
+        pass
+
+    def _read_row(self, array: str, row_index: int) -> Cubes:
+        shard_index, position = divmod(row_index, self._table.shard_rows)
+        row: Cubes = self._blocks[array, shard_index][position]
+        return row

@@ -1,0 +1,34 @@
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from contracts.store_contract import StoreContract, StoreFactory
+
+from cache.cube import Spec
+from cache.open import STORES, open_store
+from cache.store import FeatureStore
+
+
+@dataclass
+class OpenedByKind:
+    """Makes stores as `open_store` does."""
+
+    kind: str
+    compression: str
+    path: Path
+
+    def create(self, spec: Spec, shard_rows: int) -> FeatureStore:
+        return open_store(self.path, self.kind, spec, "a", shard_rows, self.compression)
+
+    def reopen(self, store: FeatureStore) -> FeatureStore:
+        if self.kind == "memory":
+            return store
+        store.close()
+        return open_store(self.path, self.kind, mode="a")
+
+
+class TestEveryStore(StoreContract):
+    @pytest.fixture(params=[*((kind, "none") for kind in STORES), ("zarr", "zstd")], ids="-".join)
+    def factory(self, request: pytest.FixtureRequest, tmp_path: Path) -> StoreFactory:
+        kind, compression = request.param
+        return OpenedByKind(kind, compression, tmp_path / "store")
