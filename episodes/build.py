@@ -1,0 +1,115 @@
+"""The heads by name, and how one is built from the options of a config."""
+
+# C channels, T time steps, H W grid, Z classes of the global classifier
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from episodes.head import HeadModule
+from episodes.heads.mastaf import MastafHead
+from episodes.heads.mastaf_config import MastafConfig
+
+
+@dataclass(frozen=True, slots=True)
+class HeadEntry:
+    """One line of `HEADS`."""
+
+    description: str
+    """One sentence for `mastaf list heads`."""
+    config: type[MastafConfig] = MastafConfig
+    """The head's knobs."""
+    module: type[MastafHead] = MastafHead
+    """The head."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Options that make this head what it is; the config cannot change them."""
+
+
+HEADS: dict[str, HeadEntry] = {
+    "mastaf": HeadEntry("Self and cross attention over the positions of the cubes, fused, with a global classifier."),
+    "neighbor": HeadEntry(
+        "Cosine to the averaged prototype without attention (MASTAF-Neighbor).",
+        fixed={"self_attention": False, "cross_attention": False},
+    ),
+    "self": HeadEntry(
+        "Each video attends to itself only (MASTAF-Self).", fixed={"self_attention": True, "cross_attention": False}
+    ),
+    "cross": HeadEntry(
+        "Query and prototype attend to each other only (MASTAF-Cross).",
+        fixed={"self_attention": False, "cross_attention": True},
+    ),
+}
+
+
+def head_config(name: str, options: Mapping[str, Any]) -> MastafConfig:
+    """The checked knobs of a head.
+
+    Args:
+        name: a key of `HEADS`.
+        options: its knobs by name.
+
+    Returns:
+        The head's config, with every default filled in.
+    """
+    if name not in HEADS:
+        raise ValueError(f"unknown head {name!r}{_nearest(name, HEADS)}; the heads are {', '.join(HEADS)}")
+    entry = HEADS[name]
+    for key, value in options.items():
+        if key not in entry.config.model_fields:
+            raise ValueError(f"head {name!r} has no option {key!r}{_nearest(key, entry.config.model_fields)}")
+        if key in entry.fixed and value != entry.fixed[key]:
+            raise ValueError(
+                f"head {name!r} has {key} = {entry.fixed[key]} by definition, got {value}; use another head"
+            )
+    try:
+        return entry.config(**{**options, **entry.fixed})
+    except ValidationError as error:
+        raise ValueError(f"head {name!r}: {_one_line(error)}") from error
+
+
+def build_head(
+    name: str,
+    options: Mapping[str, Any],
+    cube_shape: tuple[int, int, int, int],
+    num_classes: int | None,
+    default_meta_bn_query: bool,
+    generator: torch.Generator | None = None,
+) -> HeadModule:
+    """Build a head for cubes of one shape.
+
+    Args:
+        name: a key of `HEADS`.
+        options: its knobs by name.
+        cube_shape: (C, T, H, W).
+        num_classes: training classes Z; None or 0 leaves the global classifier out.
+        default_meta_bn_query: what the protocol says where `meta_bn_query` is not given: False when an episode has
+            one query in all.
+        generator: randomness of the initialisation; None: torch's global one.
+
+    Returns:
+        A torch module that follows the `Head` protocol.
+    """
+    config = head_config(name, options)
+    if len(cube_shape) != 4 or min(cube_shape) < 1:
+        raise ValueError(f"cube shape {tuple(cube_shape)} is not four sizes (C, T, H, W) of 1 or more")
+    return HEADS[name].module(
+        config, cube_shape, num_classes, default_meta_bn_query=default_meta_bn_query, generator=generator
+    )
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
+    return f" (nearest: {found[0]!r})" if found else ""
+
+
+def _one_line(error: ValidationError) -> str:
+    problems = []
+    for problem in error.errors():
+        key = str(problem["loc"][0]) if problem["loc"] else ""
+        message = problem["msg"].removeprefix("Value error, ")
+        problems.append(f"{key} = {problem['input']!r}: {message}" if key else message)
+    return "; ".join(dict.fromkeys(problems))

@@ -1,0 +1,209 @@
+"""What every head must hold: a line in `HEADS` brings all of these tests.
+
+Use: `class TestEveryHead(HeadContract): ...` in a test module.
+"""
+
+# E episodes, S supports, Q queries, N classes, K shots, Z global classes; C channels, T time steps, H W grid
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from contracts.head_cases import CASES, HeadCase, make_batch, make_head, part, total_loss
+
+from episodes.head import HeadOutput
+from episodes.losses import combine
+
+
+def assert_same(found: HeadOutput, expected: HeadOutput, tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(found.logits, expected.logits, rtol=tolerance, atol=tolerance)
+    assert set(found.losses) == set(expected.losses)
+    for name, term in expected.losses.items():
+        torch.testing.assert_close(found.losses[name], term, rtol=tolerance, atol=tolerance)
+
+
+both_modes = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+
+
+class HeadContract:
+    """The laws of the `Head` protocol."""
+
+    @pytest.fixture(params=CASES, ids=str)
+    def case(self, request: pytest.FixtureRequest) -> HeadCase:
+        case = request.param
+        assert isinstance(case, HeadCase)
+        return case
+
+    @both_modes
+    def test_logits_and_losses_have_their_shapes(self, case: HeadCase, training: bool) -> None:
+        output: HeadOutput = make_head(case).train(training)(make_batch())
+        assert output.logits.shape == (2, 4, 3)
+        assert output.logits.isfinite().all()
+        assert set(output.losses) <= set(make_head(case).loss_weights)
+        assert "few_shot" in output.losses
+        for term in output.losses.values():
+            assert term.shape == (2, 4)
+            assert term.isfinite().all()
+
+    def test_prediction_needs_no_labels(self, case: HeadCase) -> None:
+        batch = make_batch()
+        head = make_head(case).eval()
+        output: HeadOutput = head(replace(batch, query_labels=None, class_global_labels=None))
+        assert output.losses == {}
+        torch.testing.assert_close(output.logits, head(batch).logits)
+
+    def test_maps_come_on_request_only_and_change_nothing(self, case: HeadCase) -> None:
+        batch, head = make_batch(), make_head(case).eval()
+        plain, shown = head(batch), head(batch, with_maps=True)
+        assert plain.maps == {}
+        assert_same(shown, plain, tolerance=0.0)
+        assert all(values.shape[0] == 2 and values.isfinite().all() for values in shown.maps.values())
+
+    @both_modes
+    def test_order_of_supports_does_not_matter(self, case: HeadCase, training: bool) -> None:
+        batch, head = make_batch(), make_head(case).train(training)
+        order = torch.tensor([3, 0, 5, 1, 4, 2])
+        shuffled = replace(batch, support=batch.support[:, order], support_labels=batch.support_labels[:, order])
+        assert_same(head(shuffled), head(batch))
+
+    @both_modes
+    def test_permuted_classes_permute_the_columns(self, case: HeadCase, training: bool) -> None:
+        batch, head = make_batch(), make_head(case).train(training)
+        assert batch.query_labels is not None
+        assert batch.class_global_labels is not None
+        old_of_new = torch.tensor([2, 0, 1])
+        new_of_old = old_of_new.argsort()
+        renamed = replace(
+            batch,
+            support_labels=new_of_old[batch.support_labels],
+            query_labels=new_of_old[batch.query_labels],
+            class_global_labels=batch.class_global_labels[:, old_of_new],
+        )
+        found, expected = head(renamed), head(batch)
+        assert_same(found, replace(expected, logits=expected.logits[:, :, old_of_new]))
+
+    def test_a_query_does_not_see_another_query_in_evaluation(self, case: HeadCase) -> None:
+        batch, head = make_batch(), make_head(case).eval()
+        together: HeadOutput = head(batch)
+        for index in range(4):
+            alone: HeadOutput = head(part(batch, queries=slice(index, index + 1)))
+            torch.testing.assert_close(alone.logits, together.logits[:, index : index + 1], rtol=1e-9, atol=1e-9)
+
+    @both_modes
+    def test_episodes_in_one_call_equal_single_calls(self, case: HeadCase, training: bool) -> None:
+        batch = make_batch(num_episodes=3)
+        together, single = make_head(case).train(training), make_head(case).train(training)
+        output: HeadOutput = together(batch)
+        singles: list[HeadOutput] = [single(part(batch, episodes=slice(index, index + 1))) for index in range(3)]
+        joined = HeadOutput(
+            torch.cat([each.logits for each in singles]),
+            {name: torch.cat([each.losses[name] for each in singles]) for name in output.losses},
+        )
+        assert_same(output, joined)
+        for name, value in together.state_dict().items():
+            torch.testing.assert_close(value, single.state_dict()[name], rtol=1e-12, atol=1e-12, msg=name)
+
+    def test_evaluation_keeps_nothing(self, case: HeadCase) -> None:
+        batch, head = make_batch(), make_head(case).eval()
+        before = copy.deepcopy(head.state_dict())
+        first, second = head(batch), head(batch)
+        assert_same(second, first, tolerance=0.0)
+        for name, value in head.state_dict().items():
+            assert torch.equal(value, before[name]), name
+
+    def test_every_parameter_learns(self, case: HeadCase) -> None:
+        head = make_head(case).train()
+        torch.autograd.backward(total_loss(head, make_batch()))
+        names = dict(head.named_parameters())
+        assert set(case.without_gradient) <= set(names)
+        for name, parameter in names.items():
+            assert parameter.grad is not None, f"{name} is not part of the loss"
+            largest = float(parameter.grad.abs().max())
+            if name in case.without_gradient:
+                assert largest < 1e-12, f"{name} was listed as without gradient"
+            else:
+                assert largest > 1e-9, f"{name} has no gradient"
+
+    def test_gradients_reach_the_cubes(self, case: HeadCase) -> None:
+        batch = make_batch()
+        batch.support.requires_grad_()
+        batch.query.requires_grad_()
+        torch.autograd.backward(total_loss(make_head(case).train(), batch))
+        for cubes in (batch.support, batch.query):
+            assert cubes.grad is not None
+            # For each video of the batch.
+            assert (cubes.grad.flatten(2).abs().amax(dim=-1) > 0.0).all()
+
+    @both_modes
+    def test_padding_changes_nothing(self, case: HeadCase, training: bool) -> None:
+        batch, head = make_batch(), make_head(case).train(training)
+        odd = torch.full_like(batch.support[:, :2], 1e3)
+        padded = replace(
+            batch,
+            support=torch.cat([batch.support[:, :1], odd, batch.support[:, 1:]], dim=1),
+            support_labels=torch.cat(
+                [batch.support_labels[:, :1], torch.full((2, 2), -1), batch.support_labels[:, 1:]], dim=1
+            ),
+        )
+        assert_same(head(padded), head(batch))
+
+    def test_classes_may_have_unequal_shots(self, case: HeadCase) -> None:
+        batch, head = make_batch(num_episodes=1, k_shot=1), make_head(case).eval()
+        doubled = replace(
+            batch,
+            support=torch.cat([batch.support, batch.support[:, 1:2]], dim=1),
+            support_labels=torch.cat([batch.support_labels, batch.support_labels[:, 1:2]], dim=1),
+        )
+        assert_same(head(doubled), head(batch))
+
+    def test_single_precision_agrees_with_double(self, case: HeadCase) -> None:
+        expected: HeadOutput = make_head(case).eval()(make_batch())
+        found: HeadOutput = make_head(case, dtype=torch.float32).eval()(make_batch(dtype=torch.float32))
+        # Single precision carries about 1e-7; the attention's temperature multiplies it by forty.
+        torch.testing.assert_close(found.logits.double(), expected.logits, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_trains_under_automatic_mixed_precision(self, case: HeadCase, dtype: torch.dtype) -> None:
+        head, batch = make_head(case, dtype=torch.float32).train(), make_batch(dtype=dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = total_loss(head, batch)
+        torch.autograd.backward(loss)
+        assert loss.dtype == torch.float32
+        assert loss.isfinite()
+        for name, parameter in head.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+
+    def test_learns_a_separable_toy(self, case: HeadCase) -> None:
+        head = make_head(case, dtype=torch.float32).train()
+        batch = make_batch(num_episodes=4, dtype=torch.float32, noise=0.5)
+        # Positive features all point the same way: without their mean, classes lie apart.
+        batch = replace(batch, support=batch.support - 0.75, query=batch.query - 0.75)
+        optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
+        losses = []
+        for _ in range(30):
+            loss = total_loss(head, batch)
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.75 * losses[0], losses
+        output: HeadOutput = head.eval()(batch)
+        assert batch.query_labels is not None
+        assert output.logits.argmax(dim=-1).eq(batch.query_labels).float().mean() > 0.9
+
+    @pytest.mark.parametrize("grid", [(2, 3, 3), (8, 1, 1), (1, 1, 1)], ids=str)
+    @both_modes
+    def test_takes_cubes_of_any_size(self, case: HeadCase, grid: tuple[int, int, int], training: bool) -> None:
+        shape = (5, *grid)
+        head, batch = make_head(case, shape).train(training), make_batch(cube_shape=shape)
+        output: HeadOutput = head(batch, with_maps=True)
+        assert output.logits.shape == (2, 4, 3)
+        assert all(term.isfinite().all() for term in output.losses.values())
+        if training:
+            torch.autograd.backward(combine(output.losses, head.loss_weights, "mean").sum())
+
+    def test_another_cube_shape_is_refused(self, case: HeadCase) -> None:
+        with pytest.raises(ValueError, match=r"\(8, 2, 2, 3\).*\(8, 2, 3, 2\)"):
+            make_head(case)(make_batch(cube_shape=(8, 2, 2, 3)))
