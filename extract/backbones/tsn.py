@@ -1,0 +1,61 @@
+"""Per-frame ResNets: the image network of a temporal segment network (TSN), keeping every frame's last map.
+
+Papers: "Temporal Segment Networks", ECCV 2016, https://arxiv.org/abs/1608.00859; "Deep Residual Learning", CVPR 2016,
+https://arxiv.org/abs/1512.03385. The network itself is torchvision's, so no code was consulted.
+Deviation: no consensus over frames; a head that wants one map averages over T.
+
+Letters: B clips; F frames; H W pixels.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from extract.backbone import IMAGENET
+from extract.config import BackboneConfig, SamplingConfig
+from extract.weights import NoOptions, StateDict, checked_options, load_weights, trunk_state_dict
+
+
+class FrameResNet(nn.Module):
+    """A torchvision ResNet without pooling and fc, under torchvision's own parameter names."""
+
+    preprocessing = IMAGENET
+
+    def __init__(self, resnet: nn.Module) -> None:
+        super().__init__()
+        # Everything but avgpool and fc, in the order in which torchvision applies it.
+        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            self.add_module(name, resnet.get_submodule(name))
+        classifier = resnet.get_submodule("fc")
+        assert isinstance(classifier, nn.Linear)
+        self.channels = classifier.in_features
+
+    def forward(self, frames: Tensor) -> dict[str, Tensor]:
+        """Embed clips: (B, 3, F, H, W) float32 -> {"cube": (B, C, F, H/32, W/32)}, sizes rounded up."""
+        num_clips, _, num_frames = frames.shape[:3]
+        hidden = frames.transpose(1, 2).flatten(0, 1)  # (B F, 3, H, W)
+        for module in self.children():
+            hidden = module(hidden)
+        return {"cube": hidden.reshape(num_clips, num_frames, *hidden.shape[1:]).transpose(1, 2).contiguous()}
+
+
+def build_tsn(config: BackboneConfig, sampling: SamplingConfig, *, depth: int) -> nn.Module:
+    """The trunk of one depth with its weights."""
+    del sampling  # any clip size will do
+    checked_options(NoOptions, config.options, config.name)
+    from torchvision import models
+
+    def convert(content: Mapping[str, Any], path: Path) -> StateDict:
+        return trunk_state_dict(content, path, dropped=("fc.",))
+
+    def pretrained() -> StateDict:
+        weights = models.get_model_weights(f"resnet{depth}").IMAGENET1K_V1
+        return trunk_state_dict(
+            weights.get_state_dict(progress=False, check_hash=True), Path(weights.url), dropped=("fc.",)
+        )
+
+    module = FrameResNet(models.get_model(f"resnet{depth}", weights=None))
+    load_weights(module, config, convert, pretrained)
+    return module

@@ -1,0 +1,194 @@
+"""Which frames of a video make a clip: the published index formulas, driven by an explicit generator.
+
+Formulas: reference section 7.2. Letters: F frames of the clip, n frames of the video.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from extract.config import Axis, SamplingConfig, ShortPolicy
+
+Indices = NDArray[np.int64]
+Seconds = NDArray[np.float64]
+
+LARGEST_JITTER = 5
+"""Frames by which either end of the window may move in training; from the published code."""
+
+
+class Draws(Protocol):
+    """The one method of numpy.random.Generator that the formulas use; `high` is exclusive."""
+
+    def integers(self, low: int, high: int) -> int:
+        """An integer of [low, high)."""
+        ...
+
+
+class VideoTooShortError(Exception):
+    """A video has fewer frames than the clip, and the short-video policy is "drop" or "fail"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """First and last frame number that a clip may use, both inclusive."""
+
+    start: int
+    """First frame number."""
+    end: int
+    """Last frame number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Inclusive range of a draw."""
+
+    low: int
+    """Smallest value."""
+    high: int
+    """Largest value."""
+
+    def draw(self, draws: Draws) -> int:
+        """One integer of the range."""
+        return int(draws.integers(self.low, self.high + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class JitterRanges:
+    """What the training formula may draw for the two ends of the window."""
+
+    start: Range
+    """Of the first frame."""
+    end: Range
+    """Of the last frame."""
+
+
+def view_generator(seed: int, video_id: str, view: int) -> np.random.Generator:
+    """Generator of one view of one video; it depends on the three arguments alone."""
+    # JSON keeps the parts apart and can write ids that are not valid Unicode.
+    digest = hashlib.sha256(json.dumps([seed, video_id, view]).encode()).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8")))
+
+
+def spread(window: Window, num_frames: int) -> Indices:
+    """Evenly spread frame numbers (F,), truncated as int() does; a last one of several is exactly the window's end."""
+    return np.linspace(window.start, window.end, num_frames, dtype=np.float64).astype(np.int64)
+
+
+def jitter_ranges(num_available: int, num_frames: int) -> JitterRanges | None:
+    """Ranges of the common training jitter; None where the video leaves no room for it."""
+    pad = int(min(LARGEST_JITTER, (num_available - num_frames) / 2))
+    if pad < 1:
+        return None
+    last = num_available - 1
+    return JitterRanges(Range(0, pad), Range(last - pad, last))
+
+
+def jitter_window(num_available: int, num_frames: int, draws: Draws) -> Window:
+    """Training window of all four published codes; start is drawn before end."""
+    ranges = jitter_ranges(num_available, num_frames)
+    if ranges is None:
+        return Window(0, num_available - 1)
+    start = ranges.start.draw(draws)
+    return Window(start, ranges.end.draw(draws))
+
+
+def guarded_window(window: Window, num_available: int, num_frames: int) -> Window:
+    """TRX: a window that is shorter than the clip becomes the whole video."""
+    return Window(0, num_available - 1) if window.end - window.start < num_frames else window
+
+
+def even(num_available: int, num_frames: int, view: int, draws: Draws) -> Indices:
+    """The whole video, the same in every view."""
+    del view, draws
+    return spread(Window(0, num_available - 1), num_frames)
+
+
+def reference(num_available: int, num_frames: int, view: int, draws: Draws) -> Indices:
+    """View 0: the whole video. Other views: the published training jitter."""
+    if view == 0:
+        return even(num_available, num_frames, view, draws)
+    return reference_test_jitter(num_available, num_frames, view, draws)
+
+
+def reference_test_jitter(num_available: int, num_frames: int, view: int, draws: Draws) -> Indices:
+    """MASTAF as released: jitter in every view, so in evaluation too."""
+    del view
+    return spread(jitter_window(num_available, num_frames, draws), num_frames)
+
+
+def trx(num_available: int, num_frames: int, view: int, draws: Draws) -> Indices:
+    """TRX and STRM: view 0 leaves out the first and last frame, others jitter; a video of F frames is taken whole."""
+    if num_available == num_frames:
+        return np.arange(num_frames, dtype=np.int64)
+    return ta2n(num_available, num_frames, view, draws)
+
+
+def ta2n(num_available: int, num_frames: int, view: int, draws: Draws) -> Indices:
+    """TA2N: as TRX without the shortcut for videos of exactly F frames."""
+    window = Window(1, num_available - 2) if view == 0 else jitter_window(num_available, num_frames, draws)
+    window = guarded_window(window, num_available, num_frames)
+    if num_frames == 1:
+        return np.array([_single_frame(window, view, draws)], dtype=np.int64)
+    return spread(window, num_frames)
+
+
+def _single_frame(window: Window, view: int, draws: Draws) -> int:
+    """The published code draws one frame at random in test too; our view 0 is fixed, so it takes the middle."""
+    last = max(window.start, window.end - 1)
+    return (window.start + last) // 2 if view == 0 else Range(window.start, last).draw(draws)
+
+
+IndexPolicy = Callable[[int, int, int, Draws], Indices]
+
+POLICIES: dict[str, IndexPolicy] = {
+    "even": even,
+    "reference": reference,
+    "reference_test_jitter": reference_test_jitter,
+    "trx": trx,
+    "ta2n": ta2n,
+}
+
+
+def short_indices(num_available: int, num_frames: int, policy: ShortPolicy) -> Indices:
+    """Frame numbers (F,) of a video with fewer than F frames: all, then the last one again, or from the start again."""
+    if policy in ("drop", "fail"):
+        raise VideoTooShortError(f"{num_available} frames, fewer than num_frames = {num_frames}")
+    positions = np.arange(num_frames, dtype=np.int64)
+    return np.minimum(positions, num_available - 1) if policy == "pad" else positions % num_available
+
+
+def on_axis(positions: Indices, seconds: Seconds, axis: Axis) -> Indices:
+    """Frame numbers for positions of an index formula.
+
+    Args:
+        positions: of the formula, (F,) int64 in [0, n).
+        seconds: presentation time of each frame, (n,) float64 ascending.
+        axis: "index" gives the positions themselves; "time" takes position i as the moment
+            first + i (last - first) / (n - 1) and gives the frame shown nearest to it, the earlier one of two.
+
+    Returns:
+        Frame numbers, (F,) int64. On a constant frame rate both axes agree.
+    """
+    if axis == "index" or len(seconds) < 2:
+        return positions
+    moments = seconds[0] + positions * ((seconds[-1] - seconds[0]) / (len(seconds) - 1))
+    after = np.clip(np.searchsorted(seconds, moments), 1, len(seconds) - 1)
+    # Containers store times in ticks; less than a nanosecond of difference is rounding, hence a tie.
+    is_earlier = moments - seconds[after - 1] <= seconds[after] - moments + 1e-9
+    nearest = np.where(is_earlier, after - 1, after)
+    frame_indices: Indices = np.searchsorted(seconds, seconds[nearest]).astype(np.int64)  # of equal times the first
+    return frame_indices
+
+
+def sample_frames(seconds: Seconds, sampling: SamplingConfig, view: int, draws: Draws) -> Indices:
+    """Frame numbers (F,) of one view of a video whose n >= 1 frames are shown at `seconds` (n,)."""
+    num_available = len(seconds)
+    if num_available < sampling.num_frames:
+        return short_indices(num_available, sampling.num_frames, sampling.short_policy)
+    positions = POLICIES[sampling.policy](num_available, sampling.num_frames, view, draws)
+    return on_axis(positions, seconds, sampling.axis)

@@ -1,0 +1,61 @@
+"""Videos kept as a folder of pictures, one per frame, as the published code stores them."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from extract.container import Decoded, Timeline
+from extract.errors import VideoError
+from extract.transform import MAX_PIXELS
+
+FRAME_ENDINGS = (".jpg", ".jpeg", ".png")
+
+
+@dataclass(frozen=True, slots=True)
+class FrameFolderReader:
+    """Reads the jpg and png files of one folder in the order of their names."""
+
+    path: Path
+    """Absolute."""
+
+    def files(self) -> list[Path]:
+        """The frame files, sorted lexicographically; hidden files are no frames."""
+        found = [
+            file
+            for file in self.path.iterdir()
+            if file.suffix.lower() in FRAME_ENDINGS and not file.name.startswith(".")
+        ]
+        return sorted((file for file in found if file.is_file()), key=lambda file: file.name)
+
+    def announced(self) -> Timeline:
+        """One frame per second, for want of a clock."""
+        files = self.files()
+        if not files:
+            raise VideoError("no_frames", f"{self.path.name} holds no file ending in {', '.join(FRAME_ENDINGS)}")
+        return Timeline(np.arange(len(files), dtype=np.float64), None)
+
+    def frames(self, wanted: Collection[int]) -> Iterator[Decoded]:
+        """Read the wanted files only."""
+        for index, file in enumerate(self.files()):
+            if index in wanted:
+                yield Decoded(index, _read_picture(file))
+
+    def observed(self) -> Timeline:
+        """The same as announced: every file is a frame."""
+        return self.announced()
+
+
+def _read_picture(file: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    try:
+        with Image.open(file, formats=("JPEG", "PNG")) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise VideoError(
+                    "too_large",
+                    f"{file.name}: {image.width} x {image.height} pixels, at most {MAX_PIXELS} are accepted",
+                )
+            return np.array(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise VideoError("corrupt", f"{file.name}: {error}") from error
