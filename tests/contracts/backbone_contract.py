@@ -116,9 +116,12 @@ class BackboneContract:
             parameter.view(-1)[0] = old
         assert weights_digest(backbone) == before
 
-    def test_weights_survive_a_file(self, backbone: Any, config: BackboneConfig, sampling: SamplingConfig, tmp_path: Any) -> None:
+    def test_weights_survive_a_file(
+        self, backbone: Any, config: BackboneConfig, sampling: SamplingConfig, tmp_path: Any
+    ) -> None:
         torch.save(backbone.state_dict(), tmp_path / "weights.pt")
         loaded = build_backbone(config.model_copy(update={"weights": str(tmp_path / "weights.pt")}), sampling)
+        (tmp_path / "weights.pt").unlink()  # pytest keeps its folders
         assert weights_digest(loaded) == weights_digest(backbone)
 
     def test_unknown_option_is_refused(self, config: BackboneConfig, sampling: SamplingConfig) -> None:

@@ -1,0 +1,328 @@
+"""The command line. Jobs are imported inside the commands, so that `mastaf --help` loads neither torch nor torchvision."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    pass
+
+ROOMS = ("cache", "configs", "episodes", "extract", "pipeline")
+
+
+def main() -> None:
+    """Entry point of `mastaf`: runs a command and turns errors into one line and an exit code."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        mastaf.main(args=arguments, prog_name="mastaf", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped by Ctrl-C; what was finished is kept", err=True)
+        sys.exit(130)
+    except Exception as error:
+        _fail(error, debug)
+
+
+def _fail(error: Exception, debug: bool) -> None:
+    """Print one line for an error that the user can mend; let our own mistakes show their traceback."""
+    code = getattr(error, "exit_code", 2)
+    mendable = type(error).__module__.split(".")[0] in ROOMS or isinstance(error, ValueError | OSError)
+    if debug or not mendable:
+        traceback.print_exc()
+        sys.exit(code if mendable else 1)
+    click.echo(f"mastaf: {' '.join(str(error).split())}", err=True)
+    sys.exit(code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="mastaf")
+def mastaf() -> None:
+    """Few-shot video classification: embed every video once, then train and compare heads on the cached cubes.
+
+    `--debug` anywhere shows the traceback of an error.
+    """
+
+
+_set = click.option(
+    "--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Override one key of the config; repeatable."
+)
+_device = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print machine-readable results on stdout.")
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+@mastaf.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("mastaf-demo"),
+    show_default=True,
+    help="Folder for everything.",
+)
+@click.option("--quick", is_flag=True, help="A few minutes less: fewer videos and episodes, numbers that mean nothing.")
+def demo(out: Path, quick: bool) -> None:
+    """All of it on generated videos, on a CPU, in minutes: train, cache, train heads, evaluate, pictures, report."""
+    from pipeline.demo import run_demo
+
+    run_demo(out, quick=quick)
+
+
+@mastaf.group()
+def dataset() -> None:
+    """Make and check manifests: which video has which class and split."""
+
+
+@dataset.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Manifest to write (.csv).")
+@click.option(
+    "--split", default="60/20/20", show_default=True, help="Share of the classes in train/val/test; no class is in two."
+)
+@click.option("--seed", default=0, show_default=True, help="Of the split of the classes.")
+def scan(folder: Path, out: Path, split: str, seed: int) -> None:
+    """Manifest of FOLDER: one sub-folder per class, with video files or with one folder of frames per video."""
+    from pipeline.dataset_commands import scan_to_file
+
+    scan_to_file(folder, out, split, seed)
+
+
+@dataset.command()
+@click.argument("name")
+@click.option(
+    "--videos",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    required=True,
+    help="Folder with the videos.",
+)
+@click.option(
+    "--lists",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with the published list files.",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Manifest to write (.csv).")
+def splits(name: str, videos: Path, lists: Path | None, out: Path) -> None:
+    """Manifest of a published protocol: ucf101, hmdb51, ssv2-part, ssv2-all or kinetics100."""
+    from pipeline.dataset_commands import splits_to_file
+
+    splits_to_file(name, videos, lists, out)
+
+
+@dataset.command()
+@click.argument("manifest", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--name", help="Compare with the published counts of this data set.")
+@click.option("--allow-overlap", is_flag=True, help="Report classes or videos in two splits, but do not fail.")
+@_json
+def check(manifest: Path, name: str | None, allow_overlap: bool, as_json: bool) -> None:
+    """Classes and videos per split, missing files, overlaps, split hash."""
+    from pipeline.dataset_commands import check_file
+
+    report, lines, is_clean = check_file(manifest, name, allow_overlap)
+    if as_json:
+        _print_json(report)
+    else:
+        click.echo("\n".join(lines))
+    sys.exit(0 if is_clean else 2)
+
+
+@dataset.command()
+@click.argument("manifest", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--from-store",
+    "store",
+    type=click.Path(exists=True, path_type=Path),
+    required=True,
+    help="Store whose rejected videos go.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="New manifest (.csv), with a new split hash."
+)
+def exclude(manifest: Path, store: Path, out: Path) -> None:
+    """Write a manifest whose episodes leave out, openly, the videos that extraction rejected."""
+    from pipeline.dataset_commands import exclude_to_file
+
+    exclude_to_file(manifest, store, out)
+
+
+@mastaf.command()
+@click.option(
+    "--manifest", type=click.Path(path_type=Path), help="Manifest (.csv); default: data.manifest of the config."
+)
+@click.option("--backbone", help="A name from `mastaf list backbones`.")
+@click.option("--weights", help="FILE, random:SEED, pretrained, or none.")
+@click.option(
+    "--store", type=click.Path(path_type=Path), help="Store to fill (.zarr); default: store.path of the config."
+)
+@click.option("--store-kind", help="Backend, where the store's ending does not tell.")
+@click.option("--config", "recipe", help="Recipe with [sampling], [backbone], [extraction], [store].")
+@click.option(
+    "--from-run",
+    type=click.Path(exists=True, path_type=Path),
+    help="Use sampling and trained backbone of an end-to-end run.",
+)
+@click.option("--strict", is_flag=True, help="Exit with 3 if any video was rejected.")
+@_device
+@_set
+@_json
+def extract(**options: Any) -> None:
+    """Stage 1: decode and embed every video once. What is stored already is skipped."""
+    from pipeline.extract_command import extract_to_store
+
+    as_json, strict = options.pop("as_json"), options.pop("strict")
+    report = extract_to_store(**options)
+    if as_json:
+        _print_json(report)
+    sys.exit(3 if strict and report["num_rejected"] else 0)
+
+
+@mastaf.group()
+def store() -> None:
+    """Look into a store of cubes."""
+
+
+@store.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@_json
+def info(path: Path, as_json: bool) -> None:
+    """What a store holds: counts, shapes, bytes, fingerprint, content hash."""
+    from cache.open import open_store
+    from cache.summary import summarise
+
+    with open_store(path) as opened:
+        facts = summarise(opened)
+    if as_json:
+        _print_json(facts)
+        return
+    for name, value in facts.items():
+        click.echo(f"{name:<16} {value if not isinstance(value, dict | list) else json.dumps(value)}")
+
+
+@store.command("failures")
+@click.argument("path", type=click.Path(path_type=Path))
+@_json
+def failures_command(path: Path, as_json: bool) -> None:
+    """Every video that is not ok, with its reason."""
+    from cache.open import open_store
+    from cache.summary import failures
+
+    with open_store(path) as opened:
+        rows = failures(opened)
+    if as_json:
+        _print_json(rows)
+        return
+    for row in rows:
+        click.echo(
+            f"{row['status']:<9} {row['reason']:<22} {row['video_id']}"
+            + (f"  ({row['detail']})" if row.get("detail") else "")
+        )
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row["reason"]] = counts.get(row["reason"], 0) + 1
+    click.echo(
+        f"{len(rows)} videos are not ok" + "".join(f"; {reason}: {count}" for reason, count in sorted(counts.items())),
+        err=True,
+    )
+
+
+@mastaf.command()
+@click.argument("recipe")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run; default: runs/RECIPE.")
+@click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
+@_device
+@_set
+def train(recipe: str, out: Path | None, resume: bool, device: str, overrides: tuple[str, ...]) -> None:
+    """Stage 2, or end to end: train as RECIPE says (a TOML file, or the name of one that ships)."""
+    from pipeline.train_command import train_recipe
+
+    train_recipe(recipe, out, resume, device, overrides)
+
+
+@mastaf.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--split", help="train, val or test; default: evaluation.split of the run.")
+@click.option("--episodes", type=click.IntRange(min=1), help="Default: evaluation.episodes of the run (10,000).")
+@click.option("--shots", type=click.IntRange(min=1), help="Another k_shot than the run was trained with.")
+@click.option(
+    "--store", "store_path", type=click.Path(exists=True), help="Score on this store instead of the run's own source."
+)
+@click.option("--manifest", type=click.Path(exists=True, dir_okay=False), help="Another place of the manifest.")
+@_device
+@_json
+def evaluate(**options: Any) -> None:
+    """Mean accuracy and 95 % interval of RUN over seeded episodes, with the hashes of what made the number."""
+    from pipeline.train_command import evaluate_folder
+
+    as_json = options.pop("as_json")
+    result, line = evaluate_folder(**options)
+    if as_json:
+        _print_json(result)
+    else:
+        click.echo(line)
+
+
+@mastaf.command("list")
+@click.argument("what", type=click.Choice(["backbones", "heads", "datasets", "recipes"]))
+@_json
+def list_command(what: str, as_json: bool) -> None:
+    """What there is to choose from."""
+    rows = _LISTS[what]()
+    if as_json:
+        _print_json(rows)
+        return
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        click.echo(f"{row['name']:<{width}}  {row['description']}")
+
+
+def _list_backbones() -> list[dict[str, str]]:
+    from extract.build import BACKBONES
+
+    return [{"name": name, "description": entry.description} for name, entry in BACKBONES.items()]
+
+
+def _list_heads() -> list[dict[str, str]]:
+    from episodes.build import HEADS
+
+    return [{"name": name, "description": entry.description} for name, entry in HEADS.items()]
+
+
+def _list_datasets() -> list[dict[str, str]]:
+    from episodes.splits import DATASETS
+
+    return [{"name": name, "description": entry.title} for name, entry in DATASETS.items()]
+
+
+def _list_recipes() -> list[dict[str, str]]:
+    from configs.load import recipe_folder
+
+    files = sorted(recipe_folder().glob("*.toml"))
+    return [
+        {"name": file.stem, "description": file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")}
+        for file in files
+    ]
+
+
+_LISTS: dict[str, Callable[[], list[dict[str, str]]]] = {
+    "backbones": _list_backbones,
+    "heads": _list_heads,
+    "datasets": _list_datasets,
+    "recipes": _list_recipes,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Strips of frames, and a page to put them on: the parts of the pictures.
+
+F frames, H W pixels; T time steps, H' W' grid of an attention map.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+DOTS_PER_INCH = 150
+INK, MUTED, GRID = "#20242c", "#6b7280", "#e4e6ea"
+HEAT = "inferno"
+
+
+class Page:
+    """A figure on which things are placed in inches, from the lower left corner."""
+
+    def __init__(self, figure: Figure) -> None:
+        self.figure = figure
+        self.width, self.height = (float(each) for each in figure.get_size_inches())
+
+    def text(self, left: float, middle: float, text: str, color: str = INK, **options: Any) -> None:
+        """Write, centred on a height; `options` are those of a matplotlib text."""
+        self.figure.text(left / self.width, middle / self.height, text, color=color, va="center", **options)
+
+    def axes(self, left: float, bottom: float, width: float, height: float) -> Axes:
+        """Axes that fill a rectangle."""
+        return self.figure.add_axes((left / self.width, bottom / self.height, width / self.width, height / self.height))
+
+    def picture(self, left: float, bottom: float, width: float, height: float, pixels: np.ndarray) -> None:
+        """Show (H, W, 3) uint8 inside a rectangle, at the left, keeping its proportions."""
+        axes = self.axes(left, bottom, width, height)
+        axes.imshow(pixels, interpolation="lanczos")
+        axes.set_anchor("W")
+        axes.set_axis_off()
+
+
+def check_frames(name: str, frames: np.ndarray) -> None:
+    """Refuse what is not (F, H, W, 3) uint8, by name."""
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+        raise ValueError(f"{name}: frames are {frames.dtype} {frames.shape}, but uint8 (F, H, W, 3) is needed")
+
+
+def pick_frames(frames: np.ndarray, num_steps: int) -> np.ndarray:
+    """Frames at even distances, first and last among them; all where there are no more than asked for."""
+    if len(frames) <= num_steps:
+        return frames
+    return np.asarray(frames[np.rint(np.linspace(0, len(frames) - 1, num_steps)).astype(int)])
+
+
+def join_frames(frames: np.ndarray) -> np.ndarray:
+    """Frames side by side on white: (F, H, W, 3) -> (H, F (W + gap) - gap, 3)."""
+    check_frames("a strip", frames)
+    gap = max(1, frames.shape[2] // 20)
+    padded = np.pad(frames, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=255)
+    return np.asarray(np.concatenate(list(padded), axis=1)[:, :-gap])
+
+
+def overlay_heat(frames: np.ndarray, heat: np.ndarray, norm: Normalize) -> np.ndarray:
+    """Frames in grey under the colours of the heat: (F, H, W, 3) uint8 and (F, H, W) -> (F, H, W, 3) uint8."""
+    grey = (frames @ np.array([0.299, 0.587, 0.114]))[..., None]
+    colours = 255.0 * mpl.colormaps[HEAT](norm(heat))[..., :3]
+    return np.asarray(np.rint(0.5 * grey + 0.5 * colours).astype(np.uint8))
+
+
+def save_figure(figure: Figure, path: Path) -> Figure:
+    """Write a PNG, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DOTS_PER_INCH, facecolor="white")
+    return figure
+
+
+def upsample_attention(attention: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Linear interpolation between the centres of cells: (T, H', W') -> (F, H, W), flat beyond the outermost centres."""
+    values = np.asarray(attention, dtype=np.float64)
+    for axis, length in enumerate(shape):
+        cells = values.shape[axis]
+        where = np.clip((np.arange(length) + 0.5) * cells / length - 0.5, 0.0, cells - 1.0)
+        low = np.minimum(where.astype(int), max(cells - 2, 0))
+        high = np.minimum(low + 1, cells - 1)
+        part = (where - low).reshape([-1 if other == axis else 1 for other in range(3)])
+        values = np.take(values, low, axis) * (1.0 - part) + np.take(values, high, axis) * part
+    return values

@@ -1,0 +1,106 @@
+"""Invariant 7: with a frozen backbone, cached and live training see the same numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from contracts.world import World
+from torch import nn
+
+from cache.store import MemoryStore
+from episodes.losses import combine
+from extract.build import build_backbone
+from pipeline.extraction import build_spec, extract_videos, video_sources
+from pipeline.model import ClipEncoder, FewShotModel
+from pipeline.setup import build_model, global_index, make_sampler
+from pipeline.sources import CachedCubes, LiveClips, assemble
+
+CPU = torch.device("cpu")
+
+
+def losses_of(world: World, dtype: str, *overrides: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Total losses of six training episodes with random views: through the store, and live."""
+    config = world.config(
+        f"store.dtype={dtype}",
+        "sampling.num_views=3",
+        "episodes.train_views=3",
+        "sampling.crop=random",
+        "sampling.flip=true",
+        *overrides,
+    )
+    manifest = world.manifest
+    backbone = build_backbone(config.backbone, config.sampling)
+    store = MemoryStore(build_spec(config, backbone, CPU), config.store.shard_rows)
+    sources = video_sources(manifest)
+    extract_videos(store, list(sources.values()), backbone, config, CPU)
+    cached, live = CachedCubes(store), LiveClips(sources, config.sampling)
+    encoder = ClipEncoder(backbone, config.sampling, forward_batch=config.extraction.forward_batch, is_trained=False)
+    index = global_index(config, manifest)
+    cached_model = build_model(config, nn.Identity(), cached.cube_shape, len(index), CPU)
+    live_model = FewShotModel(encoder, cached_model.head)
+    sampler = make_sampler(config, manifest, "train")
+    totals = []
+    for source, model in ((cached, cached_model), (live, live_model)):
+        rows = []
+        for number in range(6):
+            episode = sampler.episode(number)
+            views = np.random.default_rng(number).integers(0, 3, (1, len(episode.support_ids) + len(episode.query_ids)))
+            supports = len(episode.support_ids)
+            batch = assemble([episode], source, views[:, :supports], views[:, supports:], index)
+            model.train()
+            output = model(batch)
+            assert set(output.losses) == {"few_shot", "global"}
+            rows.append(combine(output.losses, model.loss_weights, "mean").detach())
+        totals.append(torch.cat(rows))
+    return totals[0], totals[1]
+
+
+def test_cached_and_live_losses_are_bit_equal_in_float32(world: World) -> None:
+    cached, live = losses_of(world, "float32")
+    assert torch.equal(cached, live)
+
+
+def test_cached_and_live_losses_agree_with_a_float16_store(world: World) -> None:
+    cached, live = losses_of(world, "float16")
+    # 1e-3 as the design promises: float16 keeps 11 bits.
+    torch.testing.assert_close(cached, live, rtol=1e-3, atol=0.0)
+
+
+def test_cached_and_live_losses_agree_in_another_batch_shape(world: World) -> None:
+    config = world.config()
+    backbone = build_backbone(config.backbone, config.sampling)
+    clips = LiveClips(video_sources(world.manifest), config.sampling).read(["right/0", "left/1", "down/2"], [0, 0, 0])
+    shapes = [
+        ClipEncoder(backbone, config.sampling, forward_batch=size, is_trained=False)(clips[None]) for size in (1, 4, 8)
+    ]
+    for other in shapes[1:]:
+        torch.testing.assert_close(other, shapes[0], rtol=1e-5, atol=1e-6)
+
+
+def test_frozen_backbone_is_always_in_evaluation_mode(world: World) -> None:
+    config = world.config()
+    encoder = ClipEncoder(build_backbone(config.backbone, config.sampling), config.sampling, is_trained=False)
+    encoder.train()
+    assert not any(module.training for module in encoder.backbone.modules())
+    assert not any(parameter.requires_grad for parameter in encoder.backbone.parameters())
+
+
+@pytest.mark.parametrize("batchnorm", ["episode", "frozen"])
+def test_batchnorm_policy_decides_which_modules_train(world: World, batchnorm: str) -> None:
+    config = world.config()
+    encoder = ClipEncoder(build_backbone(config.backbone, config.sampling), config.sampling, batchnorm=batchnorm)
+    encoder.train()
+    norms = [module for module in encoder.backbone.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(module.training == (batchnorm == "episode") for module in norms)
+
+
+def test_episodes_of_one_call_do_not_share_batch_statistics(world: World) -> None:
+    config = world.config()
+    encoder = ClipEncoder(build_backbone(config.backbone, config.sampling), config.sampling).train()
+    live = LiveClips(video_sources(world.manifest), config.sampling)
+    clips = torch.stack([live.read(["right/0", "left/1"], [0, 0]), live.read(["down/0", "up/1"], [0, 0])])
+    together = encoder(clips)
+    alone = torch.cat([encoder(clips[:1]), encoder(clips[1:])])
+    assert torch.equal(together, alone)

@@ -1,0 +1,177 @@
+"""Stage 1 on real files: every input is accounted for, and a row does not feel its neighbours."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from contracts.world import World, make_world, write_clip
+
+from cache.open import open_store
+from cache.store import FeatureStore, MemoryStore, RowRejected, SpecMismatch
+from configs.schema import RunConfig
+from extract.build import build_backbone
+from extract.clips import VideoTooShortError
+from pipeline.extraction import ExtractionReport, build_spec, extract_videos, video_sources
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def extract_into(store: FeatureStore, world: World, config: RunConfig) -> ExtractionReport:
+    backbone = build_backbone(config.backbone, config.sampling)
+    return extract_videos(store, list(video_sources(world.manifest).values()), backbone, config, CPU)
+
+
+def memory_store(config: RunConfig) -> MemoryStore:
+    return MemoryStore(
+        build_spec(config, build_backbone(config.backbone, config.sampling), CPU), config.store.shard_rows
+    )
+
+
+@pytest.fixture
+def broken_world(tmp_path: Path) -> World:
+    """One file cut to nothing useful, one text file, one video of three frames, one missing file."""
+    world = make_world(tmp_path / "broken", 3)
+    (world.folder / "videos/right/0.mp4").write_bytes(b"\x00" * 100)
+    (world.folder / "videos/left/1.mp4").write_text("this is no video")
+    (world.folder / "videos/up/2.mp4").unlink()
+    write_clip(world.folder / "videos/down/1.mp4", "down", 1, num_frames=3)
+    return world
+
+
+def test_every_input_is_ok_degraded_or_rejected_with_a_reason(broken_world: World) -> None:
+    config = broken_world.config()
+    store = memory_store(config)
+    report = extract_into(store, broken_world, config)
+    assert report.num_videos == 21 == report.num_ok + report.num_degraded + report.num_rejected
+    assert (report.num_ok, report.num_degraded, report.num_rejected) == (17, 1, 3)
+    found = {video_id: (outcome.status, outcome.reason) for video_id, outcome in report.problems}
+    assert found["down/1"] == ("degraded", "short_video")
+    assert found["up/2"] == ("rejected", "missing")
+    assert {found["right/0"][0], found["left/1"][0]} == {"rejected"}
+    assert all(reason for _, reason in found.values())
+    with pytest.raises(RowRejected, match="right/0"):
+        store.read(["right/0"], [0])
+
+
+def test_rows_do_not_feel_the_fate_of_their_neighbours(broken_world: World) -> None:
+    config = broken_world.config()
+    broken = memory_store(config)
+    extract_into(broken, broken_world, config)
+    healed = make_world(broken_world.folder / "healed", 3)
+    whole = memory_store(config)
+    extract_into(whole, healed, config)
+    ids = ["right/1", "right/2", "left/0", "left/2", "down/0", "down/2", "jump/2"]
+    np.testing.assert_array_equal(broken.read(ids, [0] * len(ids)), whole.read(ids, [0] * len(ids)))
+
+
+def test_second_extraction_skips_what_is_stored(world: World, tmp_path: Path) -> None:
+    config = world.config()
+    backbone = build_backbone(config.backbone, config.sampling)
+    spec = build_spec(config, backbone, CPU)
+    with open_store(tmp_path / "s.zarr", spec=spec, mode="a", shard_rows=8) as store:
+        first = extract_into(store, world, config)
+        content = store.content_hash()
+    with open_store(tmp_path / "s.zarr", spec=spec, mode="a") as store:
+        second = extract_into(store, world, config)
+        assert store.content_hash() == content
+    assert (first.num_ok, first.num_skipped) == (28, 0)
+    assert (second.num_ok, second.num_skipped) == (0, 28)
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("sampling.num_frames=8", "sampling.num_frames"),
+        ("sampling.policy=even", "sampling.policy"),
+        ("sampling.short_policy=loop", "sampling.short_policy"),
+        ("sampling.seed=1", "sampling.seed"),
+        ("sampling.normalization=unit", "sampling.normalization"),
+        ("backbone.weights=random:2", "weights_digest"),
+        ("extraction.forward_batch=8", "compute.forward_batch"),
+        ("store.dtype=float16", "arrays.cube.dtype"),
+    ],
+)
+def test_other_settings_are_refused_with_the_field(world: World, tmp_path: Path, override: str, field: str) -> None:
+    config, other = world.config(), world.config(override)
+    spec, other_spec = (build_spec(each, build_backbone(each.backbone, each.sampling), CPU) for each in (config, other))
+    open_store(tmp_path / "s.zarr", spec=spec, mode="a").close()
+    with pytest.raises(SpecMismatch, match=field.replace(".", r"\.")):
+        open_store(tmp_path / "s.zarr", spec=other_spec, mode="a")
+
+
+def test_number_of_views_is_layout_and_the_store_grows_by_views(world: World) -> None:
+    one, three = world.config("sampling.crop=random"), world.config("sampling.crop=random", "sampling.num_views=3")
+    store = memory_store(one)
+    assert store.spec.fingerprint == memory_store(three).spec.fingerprint
+    extract_into(store, world, one)
+    before = store.read(["right/0"], [0])
+    extract_into(store, world, three)
+    np.testing.assert_array_equal(store.read(["right/0"], [0]), before)
+    views = store.read(["right/0"] * 3, [0, 1, 2])
+    assert not np.array_equal(views[0], views[1])
+    assert not np.array_equal(views[1], views[2])
+
+
+def test_fail_policy_stops_and_names_the_short_video(broken_world: World) -> None:
+    config = broken_world.config("sampling.short_policy=fail")
+    with pytest.raises(VideoTooShortError, match="down/1"):
+        extract_into(memory_store(config), broken_world, config)
+
+
+def test_drop_policy_rejects_the_short_video_openly(broken_world: World) -> None:
+    config = broken_world.config("sampling.short_policy=drop")
+    report = extract_into(memory_store(config), broken_world, config)
+    assert dict(report.problems)["down/1"].status == "rejected"
+    assert report.num_rejected == 4
+
+
+def test_cubes_that_overflow_float16_are_rejected_and_counted(world: World) -> None:
+    config = world.config("store.dtype=float16")
+    store = memory_store(config)
+    backbone = build_backbone(config.backbone, config.sampling)
+    report = extract_videos(store, list(video_sources(world.manifest).values())[:3], Huge(backbone), config, CPU)
+    assert report.num_rejected == 3
+    assert {outcome.reason for _, outcome in report.problems} == {"not_finite"}
+
+
+class Huge(torch.nn.Module):
+    """A backbone whose values do not fit float16."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.preprocessing = inner.preprocessing
+
+    def forward(self, frames: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: cube * 0 + 1e9 for name, cube in self.inner(frames).items()}
+
+
+@pytest.mark.slow
+def test_killed_extraction_resumes_to_the_same_content(world: World, tmp_path: Path) -> None:
+    arguments = [
+        sys.executable, str(ROOT / "cli.py"), "extract", "--manifest", str(world.manifest_path), "--backbone", "small3d",
+        "--weights", "random:1", "--device", "cpu", "--set", "sampling.num_frames=4", "--set", "sampling.resize_size=28",
+        "--set", "sampling.crop_size=24", "--set", "store.shard_rows=4", "--set", "extraction.forward_batch=4",
+    ]  # fmt: skip
+    whole, killed = tmp_path / "whole.zarr", tmp_path / "killed.zarr"
+    subprocess.run([*arguments, "--store", str(whole)], check=True, capture_output=True)
+    process = subprocess.Popen(
+        [*arguments, "--store", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not any((killed / "cube").glob("c.*")):
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run([*arguments, "--store", str(killed)], check=True, capture_output=True)
+    with open_store(whole) as first, open_store(killed) as second:
+        assert first.content_hash() == second.content_hash()
+        assert len(second.ids()) == 28
