@@ -256,6 +256,7 @@ def train(recipe: str, out: Path | None, resume: bool, device: str, overrides: t
 @click.option("--split", help="train, val or test; default: evaluation.split of the run.")
 @click.option("--episodes", type=click.IntRange(min=1), help="Default: evaluation.episodes of the run (10,000).")
 @click.option("--shots", type=click.IntRange(min=1), help="Another k_shot than the run was trained with.")
+@click.option("--queries", type=click.IntRange(min=1), help="Another n_query than the run was trained with.")
 @click.option(
     "--store", "store_path", type=click.Path(exists=True), help="Score on this store instead of the run's own source."
 )

@@ -161,6 +161,7 @@ def evaluate_run(
     device: torch.device,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     k_shot: int | None = None,
+    n_query: int | None = None,
 ) -> tuple[dict[str, Any], Accuracy]:
     """Score a run on fixed episodes of a split.
 
@@ -171,13 +172,13 @@ def evaluate_run(
         device: where the model runs.
         on_progress: called with (episodes done, episodes in all).
         k_shot: another number of shots than the run was trained with.
+        n_query: another number of queries; runs are compared on the same episodes only if both numbers agree.
 
     Returns:
         The JSON-able result with everything that made it, and the accuracy with its episodes.
     """
-    config = run.config
-    if k_shot is not None:
-        config = config.model_copy(update={"episodes": config.episodes.model_copy(update={"k_shot": k_shot})})
+    changes = {key: value for key, value in (("k_shot", k_shot), ("n_query", n_query)) if value is not None}
+    config = run.config.model_copy(update={"episodes": run.config.episodes.model_copy(update=changes)})
     manifest = load_manifest(config)
     sampler = make_sampler(config, manifest, split)
     scorer = FewShotModel(nn.Identity(), run.model.head).to(device)

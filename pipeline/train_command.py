@@ -61,6 +61,7 @@ def evaluate_folder(
     split: str | None,
     episodes: int | None,
     shots: int | None,
+    queries: int | None,
     store_path: str | None,
     manifest: str | None,
     device: str,

@@ -1,0 +1,49 @@
+"""On a GPU: stage 1, training and evaluation give the CPU's numbers. ``REQUIRE_CUDA=1`` makes the absence of one a failure."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from contracts.world import World
+
+from cache.store import MemoryStore
+from extract.build import build_backbone
+from pipeline.extraction import build_spec, extract_videos, video_sources
+from pipeline.scoring import evaluate_run, load_run
+from pipeline.training import train
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    if not torch.cuda.is_available():
+        if os.environ.get("REQUIRE_CUDA") == "1":
+            pytest.fail("REQUIRE_CUDA=1, but torch sees no CUDA device")
+        pytest.skip("no CUDA device here; REQUIRE_CUDA=1 makes this a failure")
+    return torch.device("cuda")
+
+
+def test_cubes_of_a_gpu_are_those_of_the_cpu(world: World, cuda: torch.device) -> None:
+    config = world.config()
+    cubes = []
+    for device in (torch.device("cpu"), cuda):
+        backbone = build_backbone(config.backbone, config.sampling).to(device)
+        store = MemoryStore(build_spec(config, backbone, device), config.store.shard_rows)
+        extract_videos(store, list(video_sources(world.manifest).values()), backbone, config, device)
+        cubes.append(torch.from_numpy(store.read(store.ids(), [0] * len(store.ids()))))
+    # Convolutions on a GPU may use TF32 (10 bits of mantissa) and another order of sums.
+    torch.testing.assert_close(cubes[1], cubes[0], rtol=1e-2, atol=1e-2)
+
+
+def test_training_and_evaluation_run_on_a_gpu(world: World, cuda: torch.device, tmp_path: Path) -> None:
+    scores = []
+    for device in (torch.device("cpu"), cuda):
+        folder = tmp_path / device.type
+        train(world.config("training.mode=end_to_end", "training.episodes=0"), folder, device)
+        result, _ = evaluate_run(load_run(folder, device), "test", 50, device)
+        scores.append(result["accuracy"])
+        assert result["episode_hash"]
+    train(world.config("training.mode=end_to_end"), tmp_path / "trained", cuda)
+    assert scores[1] == pytest.approx(scores[0], abs=0.05)
