@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -187,19 +187,23 @@ def attention_over_frames(rows: Sequence[AttentionRow], path: Path, title: str =
             page.picture(0.2, edge + _STRIP_GAP / 2.0, width - 0.4, strip_height - _STRIP_GAP, strip)
     bar = page.axes(0.2, 0.5, 3.4, 0.14)
     page.figure.colorbar(ScalarMappable(norm, HEAT), cax=bar, orientation="horizontal")
+    doubles = [2.0**power for power in range(-2, 12) if norm.vmin <= 2.0**power <= norm.vmax]
+    bar.set_xticks(doubles, [f"{double:g}×" for double in doubles])
+    bar.set_xticks([], minor=True)
     bar.tick_params(labelsize=8, colors=MUTED, length=2)
     bar.set_xlabel("attention, as a multiple of an even spread", fontsize=8.5, color=MUTED)
     page.text(width - 0.2, 0.57, "time →", fontsize=9, color=MUTED, ha="right")
     return save_figure(page.figure, path)
 
 
-def _shared_scale(relative: list[np.ndarray]) -> Normalize:
-    # A scale that spans at least 5 % keeps the rounding noise of an even map from looking like a pattern.
-    lowest = min([0.975, *(float(each.min()) for each in relative)])
-    return Normalize(lowest, max([1.025, *(float(each.max()) for each in relative)]))
+def _shared_scale(relative: list[np.ndarray]) -> LogNorm:
+    """Logarithmic in the multiple of an even spread, from a quarter (or the lowest) to the highest."""
+    # A scale that spans at least 10 % keeps the rounding noise of an even map from looking like a pattern.
+    lowest = min([0.95, *(float(each.min()) for each in relative)])
+    return LogNorm(max(lowest, 0.25), max([1.05, *(float(each.max()) for each in relative)]))
 
 
-def _strips_of(frames: np.ndarray, attention: np.ndarray | None, norm: Normalize, num_steps: int) -> list[np.ndarray]:
+def _strips_of(frames: np.ndarray, attention: np.ndarray | None, norm: LogNorm, num_steps: int) -> list[np.ndarray]:
     shown = pick_frames(frames, num_steps)
     if attention is None:
         return [join_frames(shown)]

@@ -74,7 +74,7 @@ def evaluate_folder(
         raise SetupError(f"--split {split!r} is not known; use train, val or test.")
     with progress("evaluate") as on_progress:
         result, score = evaluate_run(
-            loaded, split, episodes or loaded.config.evaluation.episodes, chosen, on_progress, shots
+            loaded, split, episodes or loaded.config.evaluation.episodes, chosen, on_progress, shots, queries
         )
     line = (
         f"{score} on {split}, {result['n_way']}-way {result['k_shot']}-shot, {result['episodes']} episodes "
