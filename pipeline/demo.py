@@ -46,7 +46,7 @@ class DemoSize:
     """At most; None: what the recipes say."""
 
 
-FULL = DemoSize(videos_per_class=24, test_episodes=2000, overrides=(), training_episodes=None)
+FULL = DemoSize(videos_per_class=32, test_episodes=2000, overrides=(), training_episodes=None)
 QUICK = DemoSize(
     videos_per_class=8,
     test_episodes=50,
@@ -113,8 +113,8 @@ def run_demo(folder: Path, quick: bool = False) -> dict[str, Any]:
         _train(demo, "end_to_end", demo.config("demo_end_to_end"))
     with demo.stage("extract cubes, untrained and trained backbone"):
         _extract(demo, "untrained", demo.config("demo_end_to_end"))
-        weights = {"name": "small3d", "weights": str(demo.run("end_to_end") / "backbone.pt")}
-        _extract(demo, "trained", demo.config("demo_end_to_end", backbone=weights))
+        weights = str(demo.run("end_to_end") / "backbone.pt")
+        _extract(demo, "trained", demo.config("demo_end_to_end", backbone={"weights": weights}))
     with demo.stage("train heads on the cache"):
         for name, store, recipe in (
             ("untrained", "untrained", "demo_untrained"),

@@ -14,6 +14,7 @@ from episodes.datasets import Manifest
 from episodes.sampler import Episode
 from extract.config import SamplingConfig
 from extract.decode import read_views
+from pipeline.demo_classes import MOTION_CLASSES
 from pipeline.extraction import video_sources
 from pipeline.model import FewShotModel
 from pipeline.pictures import AccuracyRow, AttentionRow, accuracy_bars, attention_over_frames, contact_sheet
@@ -37,7 +38,8 @@ def draw_classes(manifest: Manifest, path: Path, sampling: SamplingConfig) -> No
         first.setdefault(video.class_name, video.video_id)
     splits = {video.class_name: SPLIT_TITLES[video.split] for video in manifest.videos}
     frames = {name: read_views(sources[video_id], sampling, [0]).clips[0] for name, video_id in first.items()}
-    contact_sheet(frames, path, groups=splits, title="Only the motion tells the class")
+    captions = {name: MOTION_CLASSES[name].description for name in frames}
+    contact_sheet(frames, path, groups=splits, captions=captions, title="Only the motion tells the class")
 
 
 def draw_bars(results: Sequence[dict[str, Any]], path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -157,8 +157,8 @@ def _rows_per_column(lines: list[_SheetLine], num_columns: int) -> int:
 def attention_over_frames(rows: Sequence[AttentionRow], path: Path, title: str = "", num_steps: int = 8) -> Figure:
     """Clips with their attention below: a strip of frames, then the same frames dimmed under a heat map.
 
-    The colours tell how many times the even attention (one divided by the number of positions) a place received; all
-    rows share one scale, so that a flat map looks flat.
+    The colours tell how many times the even attention (one divided by the number of positions) a place received, each
+    doubling an equal step; all rows share one scale, so that a flat map looks flat.
 
     Args:
         rows: from top to bottom.
@@ -168,9 +168,9 @@ def attention_over_frames(rows: Sequence[AttentionRow], path: Path, title: str =
     """
     if not rows:
         raise ValueError("the attention picture needs one row or more")
-    relative = [None if row.attention is None else row.attention / row.attention.mean() for row in rows]
-    norm = _shared_scale([each for each in relative if each is not None])
-    strips = [_strips_of(row.frames, each, norm, num_steps) for row, each in zip(rows, relative, strict=True)]
+    doublings = [None if row.attention is None else _doublings(row.attention) for row in rows]
+    norm = _shared_scale([each for each in doublings if each is not None])
+    strips = [_strips_of(row.frames, each, norm, num_steps) for row, each in zip(rows, doublings, strict=True)]
     width = 9.6
     strip_heights = [(width - 0.4) * pair[0].shape[0] / pair[0].shape[1] + _STRIP_GAP for pair in strips]
     top, foot, head = (0.62 if title else 0.12), 0.85, 0.32
@@ -185,29 +185,32 @@ def attention_over_frames(rows: Sequence[AttentionRow], path: Path, title: str =
         for strip in pair:
             edge -= strip_height
             page.picture(0.2, edge + _STRIP_GAP / 2.0, width - 0.4, strip_height - _STRIP_GAP, strip)
-    bar = page.axes(0.2, 0.5, 3.4, 0.14)
+    bar = page.axes(0.4, 0.5, 3.4, 0.14)
     page.figure.colorbar(ScalarMappable(norm, HEAT), cax=bar, orientation="horizontal")
-    doubles = [2.0**power for power in range(-2, 12) if norm.vmin <= 2.0**power <= norm.vmax]
-    bar.set_xticks(doubles, [f"{double:g}×" for double in doubles])
-    bar.set_xticks([], minor=True)
+    ticks = [power for power in range(-2, 12) if norm(power) >= 0.0 and norm(power) <= 1.0]
+    bar.set_xticks(ticks, [f"{2.0**power:g}×" for power in ticks])
     bar.tick_params(labelsize=8, colors=MUTED, length=2)
     bar.set_xlabel("attention, as a multiple of an even spread", fontsize=8.5, color=MUTED)
     page.text(width - 0.2, 0.57, "time →", fontsize=9, color=MUTED, ha="right")
     return save_figure(page.figure, path)
 
 
-def _shared_scale(relative: list[np.ndarray]) -> LogNorm:
-    """Logarithmic in the multiple of an even spread, from a quarter (or the lowest) to the highest."""
+def _doublings(attention: np.ndarray) -> np.ndarray:
+    """How often attention doubled from an even spread; all below a quarter of it counts as a quarter."""
+    return np.asarray(np.log2(np.maximum(attention / attention.mean(), 0.25)))
+
+
+def _shared_scale(doublings: list[np.ndarray]) -> Normalize:
     # A scale that spans at least 10 % keeps the rounding noise of an even map from looking like a pattern.
-    lowest = min([0.95, *(float(each.min()) for each in relative)])
-    return LogNorm(max(lowest, 0.25), max([1.05, *(float(each.max()) for each in relative)]))
+    lowest = min([-0.07, *(float(each.min()) for each in doublings)])
+    return Normalize(lowest, max([0.07, *(float(each.max()) for each in doublings)]))
 
 
-def _strips_of(frames: np.ndarray, attention: np.ndarray | None, norm: LogNorm, num_steps: int) -> list[np.ndarray]:
+def _strips_of(frames: np.ndarray, doublings: np.ndarray | None, norm: Normalize, num_steps: int) -> list[np.ndarray]:
     shown = pick_frames(frames, num_steps)
-    if attention is None:
+    if doublings is None:
         return [join_frames(shown)]
-    heat = pick_frames(upsample_attention(attention, frames.shape[:3]), num_steps)
+    heat = pick_frames(upsample_attention(doublings, frames.shape[:3]), num_steps)
     return [join_frames(shown), join_frames(overlay_heat(shown, heat, norm))]
 
 

@@ -66,7 +66,7 @@ def join_frames(frames: np.ndarray) -> np.ndarray:
 def overlay_heat(frames: np.ndarray, heat: np.ndarray, norm: Normalize) -> np.ndarray:
     """Frames in grey under the colours of the heat: (F, H, W, 3) uint8 and (F, H, W) -> (F, H, W, 3) uint8."""
     grey = (frames @ np.array([0.299, 0.587, 0.114]))[..., None]
-    colours = 255.0 * mpl.colormaps[HEAT](norm(np.maximum(heat, norm.vmin)))[..., :3]
+    colours = 255.0 * mpl.colormaps[HEAT](norm(heat))[..., :3]
     return np.asarray(np.rint(0.5 * grey + 0.5 * colours).astype(np.uint8))
 
 
