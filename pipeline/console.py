@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -13,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 SECONDS_BETWEEN_LINES = 10.0
 
 
+@cache
 def stderr_console() -> Console:
-    """A console on stderr; stdout is kept for `--json`."""
+    """The console on stderr; one for all, so that lines appear above a running bar. stdout is kept for `--json`."""
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
