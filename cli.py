@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,19 +21,27 @@ ROOMS = ("cache", "configs", "episodes", "extract", "pipeline")
 def main() -> None:
     """Entry point of `mastaf`: runs a command and turns errors into one line and an exit code."""
     debug = "--debug" in sys.argv
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _stop)
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         mastaf.main(args=arguments, prog_name="mastaf", standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
-        error.show()
+        click.echo(f"mastaf: {' '.join(error.format_message().split())}", err=True)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         click.echo("stopped by Ctrl-C; what was finished is kept", err=True)
         sys.exit(130)
     except Exception as error:
         _fail(error, debug)
+
+
+def _stop(number: int, _frame: object) -> None:
+    """Leave on SIGTERM or SIGUSR1 (Slurm's warning): stores commit whole shards, training puts its own handler in place."""
+    click.echo(f"stopped by {signal.Signals(number).name}; what was finished is kept", err=True)
+    sys.exit(143)
 
 
 def _fail(error: Exception, debug: bool) -> None:

@@ -37,6 +37,7 @@ def encode_line(record: ShardRecord) -> bytes:
             "status": row.outcome.status,
             "reason": row.outcome.reason,
             "detail": row.outcome.detail,
+            "source": row.outcome.source,
             "sha256": row.sha256,
         }
         for row in record.rows
@@ -76,7 +77,8 @@ def decode_line(line: bytes) -> ShardRecord | None:
 
 
 def _decode_row(row: dict[str, Any]) -> RowRecord:
-    outcome = RowOutcome(row["status"], row["reason"], row["detail"])
+    # Older lines name no source.
+    outcome = RowOutcome(row["status"], row["reason"], row["detail"], row.get("source"))
     return RowRecord(RowKey(row["video_id"], row["view"]), outcome, row["sha256"])
 
 

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from cache.cube import Spec
 from cache.rows import SpecMismatch, StoreError
 from cache.store import FeatureStore, MemoryStore
-from cache.zarr_layout import is_zarr_store
+from cache.zarr_layout import is_zarr_store, read_spec_document
 from cache.zarr_store import ZarrStore
 
 STORES: dict[str, type[ZarrStore] | type[MemoryStore]] = {"zarr": ZarrStore, "memory": MemoryStore}
@@ -51,7 +51,7 @@ def open_store(
         shard_rows, compression: layout of a store that is created; one that exists keeps its own.
 
     Raises:
-        SpecMismatch: the store holds cubes of another spec; the text lists every field that differs.
+        SpecMismatch: the store holds cubes of another spec, and is left as it is; the text lists every field that differs.
         StoreError: there is no store, or it is damaged.
     """
     if mode not in get_args(Mode):
@@ -77,15 +77,14 @@ def _open_zarr(path: Path, spec: Spec | None, mode: Mode, shard_rows: int, compr
         # Several processes of one job start together: one makes the store, the others open it.
         with contextlib.suppress(FileExistsError):
             return ZarrStore.create(path, _needed(spec, f"the new store {path}"), shard_rows, compression)
-    store = ZarrStore(path, mode)
-    differences = [] if spec is None else store.spec.differences(spec)
+    # Before opening, which clears what killed writers left: a store of another spec is not ours to change.
+    differences = [] if spec is None else read_spec_document(path).spec.differences(spec)
     if differences:
-        store.close()
         raise SpecMismatch(
             f"{path} holds cubes of another spec. {'; '.join(differences)}. "
             "Extract into another folder, or change these settings back"
         )
-    return store
+    return ZarrStore(path, mode)
 
 
 def _needed(spec: Spec | None, what: str) -> Spec:

@@ -58,8 +58,12 @@ class RowOutcome:
     """Code of the reason; None if and only if the status is ok."""
     detail: str | None = None
     """Free text for a person."""
+    source: str | None = None
+    """What the row was made from, in the caller's words (file, stretch); kept beside the content, no part of its hash."""
 
     def __post_init__(self) -> None:
+        if self.source is not None and (not isinstance(self.source, str) or not self.source):
+            raise StoreError(f"source {self.source!r}: expected a text of at least one character, or None")
         if self.status not in get_args(Status):
             raise StoreError(f"status {self.status!r}: allowed are {', '.join(get_args(Status))}")
         if (self.status == "ok") != (self.reason is None):

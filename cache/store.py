@@ -66,7 +66,7 @@ class FeatureStore(Protocol):
         """Planned rows, in order."""
 
     def outcome(self, video_id: str, view: int = 0) -> RowOutcome | None:
-        """How a row ended; None when it is not extracted yet, or not planned."""
+        """How a row ended, and its source; None when it is not extracted yet, or not planned."""
 
     def read(self, video_ids: Sequence[str], views: Sequence[int], array: str = "cube") -> Cubes:
         """Rows in the order asked, (n, C, T, H, W) in the stored dtype; row i is `views[i]` of `video_ids[i]`.

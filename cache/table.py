@@ -81,7 +81,7 @@ class TableStore(ABC):
         if committed is not None:
             if committed.rows != rows:
                 raise StoreError(
-                    f"shard {shard.index} is committed already, with other content; the first commit stays. "
+                    f"shard {shard.index} is committed already, with other content or sources; the first commit stays. "
                     "Take the shards to extract from pending()"
                 )
             return

@@ -59,6 +59,10 @@ def load_config(
             document = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"recipe {path} cannot be read: {error}") from error
+    for table, value in document.items():
+        if not isinstance(value, dict):
+            known = ", ".join(RunConfig.model_fields)
+            raise ConfigError(f"recipe {path}: {table} = {value!r} is a value, but a recipe has tables: {known}.")
     for table, values in (tables or {}).items():
         document.setdefault(table, {}).update(values)
     for override in overrides:

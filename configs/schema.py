@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from episodes.config import DataConfig, EpisodesConfig, EvaluationConfig
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cache.config import StoreConfig
+from episodes.config import DataConfig, EpisodesConfig, EvaluationConfig
 from extract.config import BackboneConfig, SamplingConfig
 
 
@@ -23,7 +23,7 @@ class ExtractionConfig(BaseModel):
     forward_batch: int = Field(default=8, ge=1)
     """Clips per forward pass. Always full: zeros stand in where a row is missing."""
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the backbone's arithmetic (autocast where it is not float32)."""
+    """Number format of the backbone's arithmetic (autocast where it is not float32), end to end too; float16 in stage 1 only."""
     decode_threads: int = Field(default=2, ge=1)
     """Videos decoded at the same time. Does not change any number."""
 
@@ -80,8 +80,8 @@ class TrainingConfig(BaseModel):
     track_test: bool = False
     """Also score the test split at every validation, only to print the published, test-selected number as its own line.
     The checkpoint is chosen on the validation split all the same."""
-    seed: int = Field(default=0, ge=0)
-    """Of the head's initial weights and of everything that a head draws while training."""
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    """Of the head's initial weights."""
     initial_weights: str | None = None
     """A run's checkpoint or a published STAF checkpoint to start from."""
     decode_threads: int = Field(default=2, ge=1)
@@ -124,9 +124,23 @@ class RunConfig(BaseModel):
                 f"store.shard_rows = {self.store.shard_rows} is not a multiple of "
                 f"extraction.forward_batch = {self.extraction.forward_batch}; batches must not cross shards."
             )
-        if (self.training.episodes_per_forward or 1) > self.training.episodes_per_step:
+        training = self.training
+        if training.momentum and training.optimizer != "sgd":
             raise ValueError(
-                f"training.episodes_per_forward = {self.training.episodes_per_forward} is more than "
-                f"training.episodes_per_step = {self.training.episodes_per_step}."
+                f"training.momentum = {training.momentum} has no effect on {training.optimizer}; it is of sgd."
+            )
+        if training.mode == "cached" and training.backbone_learning_rate:
+            raise ValueError(
+                f"training.backbone_learning_rate = {training.backbone_learning_rate}, but on the cache there is no backbone to learn. "
+                'Set training.mode = "end_to_end".'
+            )
+        if training.mode == "end_to_end" and self.extraction.compute_dtype == "float16":
+            raise ValueError(
+                'extraction.compute_dtype = "float16" would lose small gradients end to end. Use "bfloat16" or "float32".'
+            )
+        if (training.episodes_per_forward or 1) > training.episodes_per_step:
+            raise ValueError(
+                f"training.episodes_per_forward = {training.episodes_per_forward} is more than "
+                f"training.episodes_per_step = {training.episodes_per_step}."
             )
         return self

@@ -54,6 +54,9 @@ def head_config(name: str, options: Mapping[str, Any]) -> MastafConfig:
 
     Returns:
         The head's config, with every default filled in.
+
+    Raises:
+        ValueError: an unknown head or option, a bad value, a contradiction, or an option that this head has no use for.
     """
     if name not in HEADS:
         raise ValueError(f"unknown head {name!r}{_nearest(name, HEADS)}; the heads are {', '.join(HEADS)}")
@@ -66,9 +69,13 @@ def head_config(name: str, options: Mapping[str, Any]) -> MastafConfig:
                 f"head {name!r} has {key} = {entry.fixed[key]} by definition, got {value}; use another head"
             )
     try:
-        return entry.config(**{**options, **entry.fixed})
+        config = entry.config(**{**options, **entry.fixed})
     except ValidationError as error:
         raise ValueError(f"head {name!r}: {_one_line(error)}") from error
+    for key, reason in config.without_effect().items():
+        if key in options:
+            raise ValueError(f"head {name!r}: {key} = {options[key]!r} has no effect, since {reason}; leave it out")
+    return config
 
 
 def build_head(

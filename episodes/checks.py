@@ -23,9 +23,9 @@ class Overlap:
     """Something that two or more splits share."""
 
     kind: Literal["class", "video"]
-    """A class of this name in several splits, or one video under two ids."""
+    """One class in several splits, however it is spelt there, or one video under two ids."""
     name: str
-    """The class, or the path of the video."""
+    """The class (its spellings, joined by " / "), or the path of the video."""
     splits: tuple[str, ...]
     """Where it is."""
     video_ids: tuple[str, ...] = ()
@@ -55,7 +55,8 @@ class ManifestCheck:
     duplicates: tuple[Duplicate, ...]
     """Videos that a split has twice."""
     similar_classes: tuple[tuple[str, ...], ...]
-    """Class names that differ in case, spaces or underscores only: probably one class."""
+    """Class names of one split that differ in case, spaces or underscores only: probably one class. Across splits they
+    are overlaps."""
     excluded: int
     """Videos that episodes leave out."""
     split_hash: str
@@ -86,10 +87,10 @@ def check_manifest(manifest: Manifest, name: str | None = None) -> ManifestCheck
     overlaps, duplicates = _compare_places(manifest)
     return ManifestCheck(
         splits=sizes,
-        missing=tuple(video.video_id for video in used if not manifest.path_of(video).exists()),
+        missing=tuple(video.video_id for video in used if not _can_be_found(manifest.path_of(video))),
         overlaps=(*_class_overlaps(manifest), *overlaps),
         duplicates=tuple(duplicates),
-        similar_classes=tuple(_similar(manifest.all_classes)),
+        similar_classes=tuple(names for split in SPLITS for names in _similar(manifest.classes(split))),
         excluded=len(manifest.videos) - len(used),
         split_hash=manifest.split_hash,
         expected=expected,
@@ -115,6 +116,14 @@ def refuse_overlap(manifest: Manifest, allow: bool = False) -> None:
         )
 
 
+def _can_be_found(path: Path) -> bool:
+    try:
+        return path.exists()
+    # Below a folder that may not be entered; extraction will reject the video as well.
+    except PermissionError:
+        return False
+
+
 def _size(videos: Iterable[Video]) -> SplitSize:
     counts = Counter(video.class_name for video in videos)
     values = counts.values()
@@ -136,17 +145,29 @@ def _differences(sizes: dict[str, SplitSize], expected: dict[str, SplitSize]) ->
 
 
 def _class_overlaps(manifest: Manifest) -> list[Overlap]:
-    splits_of: dict[str, list[str]] = {}
+    """Classes that are in several splits, under one spelling or under several."""
+    splits_of: dict[str, dict[str, None]] = {}
+    spellings_of: dict[str, dict[str, None]] = {}
     for split in SPLITS:
         for class_name in manifest.classes(split):
-            splits_of.setdefault(class_name, []).append(split)
-    return [Overlap("class", name, tuple(splits)) for name, splits in sorted(splits_of.items()) if len(splits) > 1]
+            splits_of.setdefault(_folded(class_name), {})[split] = None
+            spellings_of.setdefault(_folded(class_name), {})[class_name] = None
+    return [
+        Overlap("class", " / ".join(spellings_of[folded]), tuple(splits))
+        for folded, splits in sorted(splits_of.items())
+        if len(splits) > 1
+    ]
+
+
+def _folded(class_name: str) -> str:
+    """A class name without what spelling alone changes: case, spaces and underscores."""
+    return "".join(class_name.split()).replace("_", "").lower()
 
 
 def _similar(class_names: Iterable[str]) -> list[tuple[str, ...]]:
     groups: dict[str, list[str]] = {}
     for name in class_names:
-        groups.setdefault("".join(name.split()).replace("_", "").lower(), []).append(name)
+        groups.setdefault(_folded(name), []).append(name)
     return [tuple(names) for names in groups.values() if len(names) > 1]
 
 
@@ -163,15 +184,15 @@ def _compare_places(manifest: Manifest) -> tuple[list[Overlap], list[Duplicate]]
             if stem_of(video.video_id) != video.video_id:
                 videos_at.setdefault(stem_of(video.video_id), []).append(video)
     overlaps: dict[tuple[str, ...], Overlap] = {}
-    duplicates = []
-    for place, videos in videos_at.items():
+    duplicates: dict[tuple[str, str], Duplicate] = {}
+    for videos in videos_at.values():
         for first, second in _meeting(videos) if len(videos) > 1 else []:
             ids = (first.video_id, second.video_id)
             if first.split != second.split:
                 overlaps.setdefault(ids, Overlap("video", second.path, (first.split, second.split), ids))
-            elif isinstance(place, Path):
-                duplicates.append(Duplicate(second.path, ids))
-    return list(overlaps.values()), duplicates
+            else:
+                duplicates.setdefault(ids, Duplicate(second.path, ids))
+    return list(overlaps.values()), list(duplicates.values())
 
 
 def _meeting(videos: list[Video]) -> list[tuple[Video, Video]]:

@@ -4,7 +4,7 @@ Letters: B clips; F frames; H W pixels; C channels, T time steps (and H W grid) 
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -36,6 +36,8 @@ class Backbone(Protocol):
     """C of the array "cube"."""
     preprocessing: Preprocessing
     """What `extract.transform.to_input` applies under normalization = "backbone"."""
+    architecture: dict[str, Any]
+    """All that decides the numbers besides weights and preprocessing, defaults filled in: JSON values and no paths."""
 
     def forward(self, frames: Tensor) -> dict[str, Tensor]:
         """Embed clips.

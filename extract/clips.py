@@ -3,8 +3,6 @@
 Formulas: reference section 7.2. Letters: F frames of the clip, n frames of the video.
 """
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from extract.config import Axis, SamplingConfig, ShortPolicy
+from extract.draws import ViewDraws
 
 Indices = NDArray[np.int64]
 Seconds = NDArray[np.float64]
@@ -22,7 +21,7 @@ LARGEST_JITTER = 5
 
 
 class Draws(Protocol):
-    """The one method of numpy.random.Generator that the formulas use; `high` is exclusive."""
+    """The one method of extract.draws.ViewDraws that the formulas use; `high` is exclusive."""
 
     def integers(self, low: int, high: int) -> int:
         """An integer of [low, high)."""
@@ -54,7 +53,7 @@ class Range:
 
     def draw(self, draws: Draws) -> int:
         """One integer of the range."""
-        return int(draws.integers(self.low, self.high + 1))
+        return draws.integers(self.low, self.high + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +66,9 @@ class JitterRanges:
     """Of the last frame."""
 
 
-def view_generator(seed: int, video_id: str, view: int) -> np.random.Generator:
-    """Generator of one view of one video; it depends on the three arguments alone."""
-    # JSON keeps the parts apart and can write ids that are not valid Unicode.
-    digest = hashlib.sha256(json.dumps([seed, video_id, view]).encode()).digest()
-    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8")))
+def view_generator(seed: int, video_id: str, view: int) -> ViewDraws:
+    """Draws of one view of one video; they depend on the three arguments alone."""
+    return ViewDraws(seed, video_id, view)
 
 
 def spread(window: Window, num_frames: int) -> Indices:

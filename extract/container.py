@@ -1,5 +1,6 @@
 """Video files through PyAV: the times of all frames, and the pixels of those that are wanted."""
 
+import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from extract.clips import Seconds
+from extract.endings import ends_early
 from extract.errors import VideoError
 from extract.transform import MAX_PIXELS, Pixels
 
@@ -30,8 +32,10 @@ IMAGE_BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*", b"P5
 
 DECLARED_DURATIONS = {"mov", "mp4", "matroska", "webm", "avi", "flv", "asf"}
 """Containers that state their duration; for the others FFmpeg guesses it from the bit rate."""
-DURATION_TOLERANCE = 0.05
-"""Share of the declared duration that may be missing at the end, as containers round."""
+DURATION_SLACK_SECONDS = 0.1
+"""What may be missing of the declared duration beside one mean frame, as containers round."""
+WHOLE_FILE_TOLERANCE = 0.05
+"""Share of the declared duration that may be missing besides, where sizes or counts show the file to be whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,7 @@ class VideoFileReader:
         with _opened(self.path) as container:
             stream = _video_stream(container, self.path)
             survey = _survey(container, stream)
-            problem = "truncated" if survey.is_cut or _ends_early(container, stream, survey) else None
+            problem = "truncated" if survey.is_cut or _is_truncated(self.path, container, stream, survey) else None
             return Timeline(_timeline(survey.times, stream), problem)
 
     def frames(self, wanted: Collection[int]) -> Iterator[Decoded]:
@@ -115,6 +119,9 @@ class VideoFileReader:
 class _Survey:
     times: list[Fraction | None] = field(default_factory=list)
     num_packets: int = 0
+    """Of the video stream, with the frames that an AVI file marks as dropped."""
+    first_decode: float = math.inf
+    last_decode_end: float = -math.inf
     last_end: float = 0.0
     is_cut: bool = False
 
@@ -162,6 +169,7 @@ def _video_stream(container: InputContainer, path: Path) -> VideoStream:
 
 def _survey(container: InputContainer, stream: VideoStream) -> _Survey:
     survey = _Survey()
+    is_avi = container.format.name == "avi"
     try:
         for packet in container.demux():
             if packet.size == 0 or packet.time_base is None:
@@ -171,9 +179,15 @@ def _survey(container: InputContainer, stream: VideoStream) -> _Survey:
             start = packet.pts if packet.pts is not None else packet.dts
             if start is not None:
                 survey.last_end = max(survey.last_end, float((start + (packet.duration or 0)) * packet.time_base))
+            if packet.dts is not None:
+                survey.first_decode = min(survey.first_decode, float(packet.dts * packet.time_base))
+                end = float((packet.dts + (packet.duration or 0)) * packet.time_base)
+                survey.last_decode_end = max(survey.last_decode_end, end)
             if packet.stream_index != stream.index:
                 continue
             survey.num_packets += 1
+            if is_avi and packet.dts is not None:  # it counts frames, also dropped ones that FFmpeg passes over
+                survey.num_packets = max(survey.num_packets, packet.dts + 1)
             survey.is_cut |= packet.is_corrupt
             if not packet.is_discard:
                 survey.times.append(None if packet.pts is None else packet.pts * packet.time_base)
@@ -182,8 +196,9 @@ def _survey(container: InputContainer, stream: VideoStream) -> _Survey:
     return survey
 
 
-def _ends_early(container: InputContainer, stream: VideoStream, survey: _Survey) -> bool:
-    if stream.frames > survey.num_packets:
+def _is_truncated(path: Path, container: InputContainer, stream: VideoStream, survey: _Survey) -> bool:
+    is_cut = ends_early(path)
+    if is_cut or stream.frames > survey.num_packets:
         return True
     if container.duration is None or not DECLARED_DURATIONS & set(container.format.name.split(",")):
         return False
@@ -191,7 +206,11 @@ def _ends_early(container: InputContainer, stream: VideoStream, survey: _Survey)
     duration = container.duration / av.time_base
     # The last packet may lack a duration of its own, so one mean frame is forgiven.
     mean_frame = (survey.last_end - begin) / max(survey.num_packets - 1, 1)
-    return survey.last_end + mean_frame < begin + duration * (1 - DURATION_TOLERANCE) - 0.1
+    # Fragmented MP4 files count their duration in the order of decoding, which differs where B-frames are of unequal length.
+    shown = max(survey.last_end - begin, survey.last_decode_end - survey.first_decode)
+    is_shown_whole = is_cut is False or stream.frames > 0
+    slack = DURATION_SLACK_SECONDS + (WHOLE_FILE_TOLERANCE * duration if is_shown_whole else 0.0)
+    return shown + mean_frame + slack < duration
 
 
 def _timeline(times: list[Fraction | None], stream: VideoStream) -> Seconds:

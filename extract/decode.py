@@ -191,11 +191,11 @@ def _plan(source: VideoSource, sampling: SamplingConfig, views: Sequence[int], s
         )
     plans = []
     for view in views:
-        # A fresh generator each time: planning anew after a wrong frame count repeats the same draws.
-        generator = view_generator(sampling.seed, source.video_id, view)
-        place = draw_crop(sampling, view, generator)
+        # Fresh draws each time: planning anew after a wrong frame count repeats the same ones.
+        draws = view_generator(sampling.seed, source.video_id, view)
+        place = draw_crop(sampling, view, draws)
         try:
-            chosen = sample_frames(seconds[segment], sampling, view, generator)
+            chosen = sample_frames(seconds[segment], sampling, view, draws)
         except VideoTooShortError as error:
             if sampling.short_policy == "drop":
                 raise VideoError("short_video", str(error)) from error

@@ -4,6 +4,7 @@ Letters: B clips; F frames; H W pixels.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -45,15 +46,21 @@ class CropPlace:
 CENTRE = CropPlace(None, None, False)
 
 
-def draw_crop(sampling: SamplingConfig, view: int, generator: np.random.Generator) -> CropPlace:
+class Shares(Protocol):
+    """The one method of extract.draws.ViewDraws that the crop uses."""
+
+    def random(self) -> float:
+        """A number of [0, 1)."""
+        ...
+
+
+def draw_crop(sampling: SamplingConfig, view: int, draws: Shares) -> CropPlace:
     """Crop and flip of a view. Three numbers are always drawn, so that one knob leaves the others' draws alone."""
-    across, down, flip = generator.random(3)
+    across, down, flip = draws.random(), draws.random(), draws.random()
     if view == 0:
         return CENTRE
     is_random = sampling.crop == "random"
-    return CropPlace(
-        float(across) if is_random else None, float(down) if is_random else None, sampling.flip and bool(flip < 0.5)
-    )
+    return CropPlace(across if is_random else None, down if is_random else None, sampling.flip and flip < 0.5)
 
 
 def resized_size(size: FrameSize, shorter_side: int) -> FrameSize:

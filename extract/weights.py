@@ -163,7 +163,7 @@ def trunk_state_dict(content: Mapping[str, Any], path: Path, dropped: tuple[str,
 
 
 def copy_weights(module: nn.Module, state: Mapping[str, Tensor], source: str, hint: str = "") -> None:
-    """Copy after every name and shape was compared; nothing is copied unless everything fits."""
+    """Copy after every name, shape and number was checked; nothing is copied unless everything fits."""
     wanted = module.state_dict()
     # Files from before PyTorch 0.4.1 do not count batches; evaluation never reads the counter.
     given = {key: value for key, value in wanted.items() if key.endswith("num_batches_tracked")} | dict(state)
@@ -182,6 +182,13 @@ def copy_weights(module: nn.Module, state: Mapping[str, Tensor], source: str, hi
     ]
     if problems:
         raise WeightsError(f"{source} does not fit this network: {'; '.join(problems)}{hint}")
+    for key, value in wanted.items():
+        # In the network's own type, since 1e300 of a float64 file is infinite as float32.
+        if value.is_floating_point() and not given[key].to(value.dtype).isfinite().all():
+            raise WeightsError(
+                f"{source} holds numbers that are not finite, first in {key}; every weight must be finite. "
+                "The file is damaged, or its training diverged: take an earlier checkpoint"
+            )
     module.load_state_dict(given, strict=True)
 
 

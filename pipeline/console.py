@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
@@ -23,6 +23,11 @@ def stderr_console() -> Console:
 def say(message: str) -> None:
     """One line to stderr, printed literally."""
     stderr_console().print(message, markup=False)
+
+
+def shortened(names: Sequence[str], most: int = 5) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 @contextmanager
@@ -45,29 +50,43 @@ def _bar(description: str) -> Iterator[Callable[[int, int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    started = time.monotonic()
     with Progress(*columns, console=stderr_console()) as bar:
         task = bar.add_task(description, total=None, rate="")
 
+        meter = _Meter()
+
         def update(done: int, total: int) -> None:
-            rate = done / max(time.monotonic() - started, 1e-9)
-            bar.update(task, completed=done, total=total, rate=f"{rate:.1f}/s")
+            bar.update(task, completed=done, total=total, rate=f"{meter.rate(done):.1f}/s")
 
         yield update
 
 
+class _Meter:
+    """Rate since the first report, so that neither set-up nor what an earlier call had done counts."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, int] | None = None
+
+    def rate(self, done: int) -> float:
+        """Units a second; 0 at the first report."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, done)
+        return (done - self._first[1]) / max(now - self._first[0], 1e-9)
+
+
 def _lines(description: str) -> Callable[[int, int], None]:
-    started = time.monotonic()
-    last = started
+    last = time.monotonic()
+    meter = _Meter()
 
     def update(done: int, total: int) -> None:
         nonlocal last
+        rate = meter.rate(done)
         now = time.monotonic()
         if now - last < SECONDS_BETWEEN_LINES and done < total:
             return
         last = now
-        rate = done / max(now - started, 1e-9)
-        left = (total - done) / rate if rate > 0 else float("inf")
-        say(f"{description}: {done}/{total}, {rate:.1f}/s, {left:.0f} s left")
+        left = f", {rate:.1f}/s, {(total - done) / rate:.0f} s left" if rate > 0 else ""
+        say(f"{description}: {done}/{total}{left}")
 
     return update

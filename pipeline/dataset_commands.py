@@ -9,13 +9,14 @@ from episodes.checks import check_manifest
 from episodes.datasets import Manifest, ManifestError, exclude, read_manifest, write_manifest
 from episodes.published import published_manifest
 from episodes.scan import parse_shares, scan_folder
-from pipeline.console import say
+from pipeline.console import say, shortened
 
 SPLITS = ("train", "val", "test")
 
 
 def scan_to_file(folder: Path, out: Path, split: str, seed: int) -> None:
     """Write the manifest of a folder and say what was found."""
+    _refuse_existing(out)
     scan = scan_folder(folder, parse_shares(split), seed)
     write_manifest(scan.manifest, out)
     if scan.uses_split_folders:
@@ -26,7 +27,7 @@ def scan_to_file(folder: Path, out: Path, split: str, seed: int) -> None:
         (scan.outside, "videos that are links out of the folder (training needs data.allow_outside = true)"),
     ):
         if names:
-            say(f"{len(names)} {what}: {_some(names)}")
+            say(f"{len(names)} {what}: {shortened(names)}")
     if scan.num_hidden:
         say(f"{scan.num_hidden} hidden files or folders skipped")
     _say_sizes(scan.manifest, out)
@@ -34,6 +35,7 @@ def scan_to_file(folder: Path, out: Path, split: str, seed: int) -> None:
 
 def splits_to_file(name: str, videos: Path, lists: Path | None, out: Path) -> None:
     """Write the manifest of a published protocol and say what is not on the disk."""
+    _refuse_existing(out)
     published = published_manifest(name, videos, lists)
     write_manifest(published.manifest, out)
     for names, what in (
@@ -46,7 +48,7 @@ def splits_to_file(name: str, videos: Path, lists: Path | None, out: Path) -> No
         (published.unknown_lists, "lists differ from the published ones"),
     ):
         if names:
-            say(f"{len(names)} {what}: {_some(names)}")
+            say(f"{len(names)} {what}: {shortened(names)}")
     if published.num_unlisted:
         say(f"{published.num_unlisted} videos on the disk are in no list")
     _say_sizes(published.manifest, out)
@@ -67,7 +69,7 @@ def check_file(path: Path, name: str | None, allow_overlap: bool) -> tuple[dict[
     if found.excluded:
         lines.append(f"{found.excluded} videos are excluded from all episodes")
     if found.missing:
-        lines.append(f"{len(found.missing)} videos have no file: {_some(found.missing)}")
+        lines.append(f"{len(found.missing)} videos have no file: {shortened(found.missing)}")
     lines += [f"overlap: {overlap.kind} {overlap.name} is in {', '.join(overlap.splits)}" for overlap in found.overlaps]
     lines += [
         f"twice in one split: {' and '.join(duplicate.video_ids)} are {duplicate.path}"
@@ -92,6 +94,7 @@ def exclude_to_file(manifest_path: Path, store_path: Path, out: Path) -> None:
     from cache.open import open_store
     from cache.summary import failures
 
+    _refuse_existing(out)
     manifest = read_manifest(manifest_path, allow_outside=True)
     known = {video.video_id for video in manifest.videos}
     with open_store(store_path) as store:
@@ -117,5 +120,7 @@ def _say_sizes(manifest: Manifest, out: Path) -> None:
     say(f"{out}: {sizes}; split hash {manifest.split_hash[:12]}")
 
 
-def _some(names: tuple[str, ...], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _refuse_existing(out: Path) -> None:
+    """Runs and stores depend on a manifest's split hash: one is never replaced by the way."""
+    if out.exists():
+        raise ManifestError(f"{out} exists already. Give another --out, or remove it first if no run depends on it.")

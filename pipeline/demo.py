@@ -24,7 +24,7 @@ from pipeline.evaluation import mean_and_interval
 from pipeline.extraction import build_spec, extract_videos, video_sources
 from pipeline.provenance import code_version, hardware
 from pipeline.scoring import evaluate_run, load_run
-from pipeline.setup import SetupError
+from pipeline.settings import SetupError
 from pipeline.train_command import describe_validation
 from pipeline.training import train
 

@@ -19,7 +19,7 @@ from pipeline.extraction import video_sources
 from pipeline.model import FewShotModel
 from pipeline.pictures import AccuracyRow, AttentionRow, accuracy_bars, attention_over_frames, contact_sheet
 from pipeline.scoring import LoadedRun, load_run
-from pipeline.setup import load_manifest, make_sampler
+from pipeline.setup import make_sampler
 from pipeline.sources import assemble
 
 SEARCHED_EPISODES = 50
@@ -56,7 +56,7 @@ def draw_attention(run_folder: Path, path: Path, device: torch.device, sampling:
     The first such queries of the test episodes are shown, not chosen ones.
     """
     run = load_run(run_folder, device)
-    manifest = load_manifest(run.config)
+    manifest = run.manifest
     sampler = make_sampler(run.config, manifest, "test")
     run.source.check(sampler.video_ids, [0])
     rows: list[AttentionRow] = []

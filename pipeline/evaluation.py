@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from episodes.sampler import Episode, EpisodeSampler, episode_hash
 
+from episodes.sampler import Episode, EpisodeSampler, episode_hash
 from pipeline.model import FewShotModel
 from pipeline.sources import Source, assemble
 

@@ -6,13 +6,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cache.open import open_store
 from configs.load import ConfigError, find_recipe, load_config
 from configs.schema import RunConfig
 from extract.build import build_backbone
 from pipeline.console import progress, say
 from pipeline.extraction import ExtractionReport, build_spec, extract_videos, video_sources
-from pipeline.setup import SetupError, choose_device, load_manifest
+from pipeline.scoring import read_run
+from pipeline.settings import SetupError
+from pipeline.setup import choose_device, load_manifest, trained_backbone
 
 
 def extract_to_store(
@@ -30,19 +34,29 @@ def extract_to_store(
     config = _config(manifest, backbone, weights, store, store_kind, recipe, from_run, overrides)
     if not config.store.path:
         raise SetupError("no store is named. Give --store FOLDER.zarr.")
-    if config.backbone.weights == "none":
-        say("warning: --weights none: the backbone is untrained, its cubes say little about what is in a video")
+    if config.store.kind == "memory":
+        raise SetupError("a store in memory would be gone when this command ends. Give --store FOLDER.zarr.")
+    if from_run is None and config.backbone.weights == "none":
+        say("warning: weights = none: the backbone is untrained, its cubes say little about what is in a video")
     chosen = choose_device(device)
     videos = load_manifest(config)
-    built = build_backbone(config.backbone, config.sampling).to(chosen)
+    if from_run is None or weights is not None:
+        built = build_backbone(config.backbone, config.sampling).to(chosen)
+    else:
+        built = trained_backbone(config, read_run(from_run, torch.device("cpu"))[1]).to(chosen)
     spec = build_spec(config, built, chosen)
     opened = open_store(
-        config.store.path, kind=config.store.kind, spec=spec, mode="a",
-        shard_rows=config.store.shard_rows, compression=config.store.compression,
-    )  # fmt: skip
+        config.store.path,
+        kind=config.store.kind,
+        spec=spec,
+        mode="a",
+        shard_rows=config.store.shard_rows,
+        compression=config.store.compression,
+    )
     sources = video_sources(videos)
+    wanted = [sources[video.video_id] for video in videos.videos if not video.excluded]
     with opened, progress("extract") as on_progress:
-        report = extract_videos(opened, list(sources.values()), built, config, chosen, on_progress=on_progress)
+        report = extract_videos(opened, wanted, built, config, chosen, on_progress=on_progress)
     _say_report(report, config.store.path)
     facts = asdict(report)
     facts["problems"] = [
@@ -68,8 +82,7 @@ def _config(
     tables: dict[str, dict[str, Any]] = {"data": {}, "backbone": {}, "store": {}}
     if from_run is not None:
         path = from_run / "config.toml"
-        weights = weights or str(from_run / "backbone.pt")
-        if not Path(weights).is_file():
+        if not (from_run / "backbone.pt").is_file():
             raise SetupError(
                 f"{from_run} holds no trained backbone (backbone.pt); only end-to-end runs that have ended do."
             )
@@ -90,11 +103,17 @@ def _config(
 
 
 def _say_report(report: ExtractionReport, store: str) -> None:
-    done = report.num_videos - report.num_skipped
+    done = report.num_videos - report.num_skipped - report.num_pending
     for video_id, outcome in report.problems:
         say(f"{outcome.status}: {video_id}: {outcome.reason}" + (f" ({outcome.detail})" if outcome.detail else ""))
+    if report.num_rows_left:
+        say(
+            f"warning: {report.num_rows_left} planned rows were left alone, since their shards hold videos that are not in this manifest "
+            f"({report.num_pending} videos of this one are waiting there). Extract once with the manifest that they were planned by."
+        )
     say(
-        f"{report.num_videos} videos: {report.num_skipped} stored before, {report.num_ok} ok, {report.num_degraded} degraded, "
-        f"{report.num_rejected} rejected; {done} in {report.seconds:.1f} s, {report.clips_per_second:.1f} clips/s, "
+        f"{report.num_videos} videos: {report.num_ok} ok, {report.num_degraded} degraded, {report.num_rejected} rejected"
+        + (f", {report.num_pending} pending" if report.num_pending else "")
+        + f"; {report.num_skipped} were stored before, {done} done in {report.seconds:.1f} s, {report.clips_per_second:.1f} clips/s, "
         f"bound by {report.bound_by}. Failures: mastaf store failures {store}"
     )

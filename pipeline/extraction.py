@@ -9,7 +9,7 @@ V videos or rows; F frames, H W pixels; C channels, T time.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,9 +25,8 @@ from cache.store import FeatureStore, RowOutcome, Shard
 from configs.schema import RunConfig
 from episodes.datasets import Manifest
 from extract.build import weights_digest
-from extract.config import SamplingConfig
 from extract.decode import VideoError, VideoSource, ViewClips, read_views
-from pipeline.model import cube_shape, forward_in_full_batches, preprocessing_of
+from pipeline.model import cube_shape, describe_backbone, forward_in_full_batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +36,15 @@ class ExtractionReport:
     num_videos: int
     """Videos asked for."""
     num_skipped: int
-    """Videos that were stored already."""
+    """Of these, stored before this call."""
     num_ok: int
     num_degraded: int
     num_rejected: int
-    """Outcomes of the videos done now; with `num_skipped` they sum to `num_videos`."""
+    """Outcomes of all videos asked for, those stored before included."""
+    num_pending: int
+    """Videos that could not be done now, since their shard also holds videos of another manifest. The four sum to `num_videos`."""
+    num_rows_left: int
+    """Rows of the store in shards that were left alone for that reason."""
     seconds: float
     """Wall clock of this call."""
     clips_per_second: float
@@ -49,15 +52,14 @@ class ExtractionReport:
     bound_by: str
     """What took the most of the main thread's time: "decoding", "backbone" or "writing"."""
     problems: tuple[tuple[str, RowOutcome], ...] = field(default=())
-    """(video_id, outcome) of everything done now that is not ok."""
+    """(video_id, outcome) of every video asked for that is degraded or rejected."""
 
 
 def video_sources(manifest: Manifest) -> dict[str, VideoSource]:
-    """The files of a manifest in the words of `extract/`, by video id; excluded videos are in no episode, so they are left out."""
+    """The files of a manifest in the words of `extract/`, by video id."""
     return {
         video.video_id: VideoSource(video.video_id, manifest.path_of(video), video.start_seconds, video.end_seconds)
         for video in manifest.videos
-        if not video.excluded
     }
 
 
@@ -81,12 +83,7 @@ def build_spec(config: RunConfig, backbone: nn.Module, device: torch.device) -> 
             "pillow": _major("pillow"),
         },
         sampling=sampling.model_dump(mode="json", exclude={"num_views"}),
-        backbone={
-            "name": config.backbone.name,
-            "options": dict(config.backbone.options),
-            "mean": list(preprocessing_of(backbone).mean),
-            "std": list(preprocessing_of(backbone).std),
-        },
+        backbone={"name": config.backbone.name, **describe_backbone(backbone)},
         weights_digest=weights_digest(backbone),
         compute={"dtype": config.extraction.compute_dtype, "forward_batch": config.extraction.forward_batch},
         arrays={
@@ -107,6 +104,9 @@ def extract_videos(
 ) -> ExtractionReport:
     """Fill a store; what is stored already is skipped.
 
+    A shard is done whole or not at all. One that was planned by another call and holds videos that are not among `videos` is
+    left pending and counted: its files are not known here, and rejecting them would lose them.
+
     Args:
         store: opened for writing with the spec of `build_spec`.
         videos: what to extract, in the order of the rows.
@@ -118,6 +118,7 @@ def extract_videos(
 
     Raises:
         VideoTooShortError: with ``short_policy = "fail"``, the first video that is too short; what was committed stays.
+        ChangedInput: a video is stored, but from another file or stretch than now.
     """
     started = time.perf_counter()
     wanted_views = list(range(config.sampling.num_views)) if views is None else list(views)
@@ -125,18 +126,70 @@ def extract_videos(
     done_before = {
         video_id for video_id in ids if all(store.outcome(video_id, view) is not None for view in wanted_views)
     }
+    by_id = {video.video_id: video for video in videos}
+    _refuse_changed_inputs(store, videos, wanted_views)
     store.plan(ids, wanted_views)
-    shards = store.pending()
+    pending = store.pending()
+    shards = [shard for shard in pending if all(row.video_id in by_id for row in shard.rows)]
+    num_rows_left = sum(len(shard.rows) for shard in pending) - sum(len(shard.rows) for shard in shards)
     total = sum(len(shard.rows) for shard in shards)
     clock = {"decoding": 0.0, "backbone": 0.0, "writing": 0.0}
     num_rows = 0
     backbone.eval()
-    with _DecodedAhead(shards, {video.video_id: video for video in videos}, config) as decoded:
+    with _DecodedAhead(shards, by_id, config) as decoded:
         for shard in shards:
             _extract_shard(store, shard, decoded, backbone, config, device, clock)
             num_rows += len(shard.rows)
             on_progress(num_rows, total)
-    return _report(store, ids, done_before, wanted_views, num_rows, time.perf_counter() - started, clock)
+    seconds = time.perf_counter() - started
+    outcomes = {video_id: _worst(store, video_id, wanted_views) for video_id in ids}
+    statuses = Counter("pending" if outcome is None else outcome.status for outcome in outcomes.values())
+    return ExtractionReport(
+        num_videos=len(ids),
+        num_skipped=len(done_before),
+        num_ok=statuses["ok"],
+        num_degraded=statuses["degraded"],
+        num_rejected=statuses["rejected"],
+        num_pending=statuses["pending"],
+        num_rows_left=num_rows_left,
+        seconds=seconds,
+        clips_per_second=num_rows / seconds if seconds > 0 else 0.0,
+        bound_by=max(clock, key=lambda name: clock[name]),
+        problems=tuple((name, found) for name, found in outcomes.items() if found is not None and found.status != "ok"),
+    )
+
+
+class ChangedInput(ValueError):
+    """A stored row was made from another file or another stretch of it than the manifest names now."""
+
+
+def source_text(video: VideoSource) -> str:
+    """What tells whether a row was made from this input: the stretch, and the file's size (moving a file changes nothing)."""
+    size = video.path.stat().st_size if video.path.is_file() else None
+    return f"bytes={size} start={video.start_seconds} end={video.end_seconds}"
+
+
+def _refuse_changed_inputs(store: FeatureStore, videos: Sequence[VideoSource], views: Sequence[int]) -> None:
+    changed = [
+        f"{video.video_id} (stored from {outcome.source}, now {source_text(video)})"
+        for video in videos
+        for outcome in [store.outcome(video.video_id, views[0])]
+        if outcome is not None and outcome.status != "rejected" and outcome.source not in (None, source_text(video))
+    ]
+    if changed:
+        raise ChangedInput(
+            f"{len(changed)} stored videos were made from other input: {'; '.join(changed[:3])}. "
+            "Give a changed video another id, or extract into another store."
+        )
+
+
+def _worst(store: FeatureStore, video_id: str, views: Sequence[int]) -> RowOutcome | None:
+    """The worst outcome of a video's views; None while one of them is not extracted."""
+    outcomes = [store.outcome(video_id, view) for view in views]
+    found = [outcome for outcome in outcomes if outcome is not None]
+    if len(found) < len(outcomes):
+        return None
+    return max(found, key=lambda outcome: ("ok", "degraded", "rejected").index(outcome.status))
 
 
 def _extract_shard(
@@ -173,9 +226,8 @@ def _extract_shard(
                 backbone, torch.from_numpy(clips).to(device), sampling, batch_size, config.extraction.compute_dtype
             )
         for name, values in cubes.items():
-            with np.errstate(
-                over="ignore"
-            ):  # an overflow to float16 infinity is found, counted and rejected just below
+            # An overflow to float16 infinity is found, counted and rejected just below.
+            with np.errstate(over="ignore"):
                 arrays[name][start : start + len(rows)] = values[: len(rows)].cpu().numpy().astype(arrays[name].dtype)
         clock["backbone"] += time.perf_counter() - mark
     mark = time.perf_counter()
@@ -193,7 +245,7 @@ def _without_bad_rows(
             bad = [name for name, values in arrays.items() if not np.isfinite(values[index]).all()]
             if bad:
                 detail = f"{', '.join(bad)}: not all values are finite as {arrays[bad[0]].dtype}; try store.dtype = 'float32'"
-                checked[index] = RowOutcome("rejected", "not_finite", detail)
+                checked[index] = RowOutcome("rejected", "not_finite", detail, outcome.source)
         if checked[index].status == "rejected":
             for values in arrays.values():
                 values[index] = np.nan
@@ -230,23 +282,18 @@ class _DecodedAhead:
                 break
             video_id, views = task
             self._queue.append(
-                (video_id, views, self._pool.submit(_read, self._videos, video_id, self._sampling, views))
+                (video_id, views, self._pool.submit(read_views, self._videos[video_id], self._sampling, views))
             )
         if not self._queue:
             raise StopIteration
         video_id, views, future = self._queue.popleft()
+        source = source_text(self._videos[video_id])
         try:
             result = future.result()
         except VideoError as error:
-            return video_id, None, RowOutcome("rejected", error.reason, error.detail)
+            return video_id, None, RowOutcome("rejected", error.reason, error.detail, source)
         clips = dict(zip(views, result.clips, strict=True))
-        return video_id, clips, RowOutcome(result.status, result.reason, None)
-
-
-def _read(videos: dict[str, VideoSource], video_id: str, sampling: SamplingConfig, views: list[int]) -> ViewClips:
-    if video_id not in videos:
-        raise VideoError("missing", f"{video_id} is planned in the store but not in this manifest")
-    return read_views(videos[video_id], sampling, views)
+        return video_id, clips, RowOutcome(result.status, result.reason, None, source)
 
 
 def _tasks(shards: Iterable[Shard]) -> Iterator[tuple[str, list[int]]]:
@@ -262,38 +309,6 @@ def _tasks(shards: Iterable[Shard]) -> Iterator[tuple[str, list[int]]]:
             task = (row.video_id, [row.view])
         if task is not None:
             yield task
-
-
-def _report(
-    store: FeatureStore,
-    ids: Sequence[str],
-    done_before: set[str],
-    views: Sequence[int],
-    num_rows: int,
-    seconds: float,
-    clock: dict[str, float],
-) -> ExtractionReport:
-    counts = {"ok": 0, "degraded": 0, "rejected": 0}
-    problems = []
-    for video_id in ids:
-        if video_id in done_before:
-            continue
-        outcomes = [outcome for view in views if (outcome := store.outcome(video_id, view)) is not None]
-        worst = max(outcomes, key=lambda outcome: ("ok", "degraded", "rejected").index(outcome.status))
-        counts[worst.status] += 1
-        if worst.status != "ok":
-            problems.append((video_id, worst))
-    return ExtractionReport(
-        num_videos=len(ids),
-        num_skipped=len(done_before),
-        num_ok=counts["ok"],
-        num_degraded=counts["degraded"],
-        num_rejected=counts["rejected"],
-        seconds=seconds,
-        clips_per_second=num_rows / seconds if seconds > 0 else 0.0,
-        bound_by=max(clock, key=lambda name: clock[name]),
-        problems=tuple(problems),
-    )
 
 
 def _major(package: str) -> int:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from episodes.sampler import EpisodeSampler, draw_views
 
 from configs.schema import TrainingConfig
 from episodes.batch import EpisodeBatch
 from episodes.losses import combine
+from episodes.sampler import EpisodeSampler, draw_views
 from pipeline.interrupts import StopRequest
 from pipeline.model import FewShotModel
 from pipeline.sources import Source, assemble
@@ -51,27 +52,16 @@ class TrainingBatches:
     """Training class name -> global label."""
     train_views: int
     """Each video's view is drawn from 0 .. train_views - 1."""
-    seed: int
-    """Of what heads draw."""
 
     def make(self, indices: range) -> EpisodeBatch:
         """The batch of some training episodes; depends on the indices alone."""
         episodes = [self.sampler.episode(index) for index in indices]
         num_supports, num_queries = len(episodes[0].support_ids), len(episodes[0].query_ids)
-        views = torch.stack(
-            [
-                torch.as_tensor(
-                    draw_views(
-                        self.sampler.split_hash, self.sampler.seed, index, num_supports + num_queries, self.train_views
-                    )
-                )
-                for index in indices
-            ]
-        ).numpy()
-        generator = torch.Generator().manual_seed((self.seed << 40) + indices[0])
-        return assemble(
-            episodes, self.source, views[:, :num_supports], views[:, num_supports:], self.global_index, generator
-        )
+        sampler, count = self.sampler, num_supports + num_queries
+        views = np.stack(
+            [draw_views(sampler.split_hash, sampler.seed, index, count, self.train_views) for index in indices]
+        )  # (E, S + Q)
+        return assemble(episodes, self.source, views[:, :num_supports], views[:, num_supports:], self.global_index)
 
 
 def run_loop(
@@ -146,9 +136,10 @@ def _accumulate(
         bad = [index for index, total in zip(indices, totals.tolist(), strict=True) if not math.isfinite(total)]
         raise TrainingError(
             f"the loss is not finite in training episodes {bad}. Lower training.learning_rate, or look at these episodes' videos; "
-            "the last checkpoint is from before this step."
+            "last.pt is of the latest validation."
         )
-    (totals.sum() / step_size).backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
+    if totals.requires_grad:  # Neighbor without its classifier has nothing to learn on the cache
+        (totals.sum() / step_size).backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
     assert batch.query_labels is not None
     right = (output.logits.argmax(dim=-1) == batch.query_labels).double().mean(dim=1)
     terms = {name: float(values.detach().double().mean(dim=1).sum()) for name, values in output.losses.items()}

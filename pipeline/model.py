@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,16 @@ def cube_shape(cubes: Tensor) -> tuple[int, int, int, int]:
 def preprocessing_of(backbone: nn.Module) -> Preprocessing:
     """What the backbone's weights were trained with."""
     return cast(Preprocessing, backbone.preprocessing)
+
+
+def describe_backbone(backbone: nn.Module) -> dict[str, Any]:
+    """What a backbone computes, apart from its weights: JSON-able, for specs and checkpoints."""
+    preprocessing = preprocessing_of(backbone)
+    return {
+        "architecture": cast(dict[str, Any], backbone.architecture),
+        "mean": list(preprocessing.mean),
+        "std": list(preprocessing.std),
+    }
 
 
 class ClipEncoder(nn.Module):

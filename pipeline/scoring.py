@@ -2,69 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cache.store import FeatureStore, SpecMismatch
+from cache.cube import Spec
+from cache.open import open_store
+from cache.store import SpecMismatch
 from configs.load import load_config
 from configs.schema import RunConfig
+from episodes.datasets import Manifest
 from pipeline.checkpoint import load_checkpoint
 from pipeline.evaluation import Accuracy, evaluate_model
 from pipeline.extraction import build_spec, video_sources
-from pipeline.model import ClipEncoder, FewShotModel
+from pipeline.model import FewShotModel
 from pipeline.provenance import code_version
-from pipeline.setup import (
-    SetupError,
-    build_encoder,
-    build_model,
-    encoder_cube_shape,
-    global_index,
-    load_manifest,
-    make_sampler,
-    open_configured_store,
-)
-from pipeline.sources import CachedCubes, LiveClips, Source
-
-
-class EncodedClips:
-    """Each clip passed once through a backbone in evaluation mode; a video is encoded once however many episodes draw it.
-
-    With running statistics a cube is a constant of its video (reference 12.8), so the scores are those of the whole model.
-    """
-
-    def __init__(self, clips: LiveClips, encoder: nn.Module, device: torch.device) -> None:
-        self.clips = clips
-        self.encoder = encoder
-        self.device = device
-        self._cubes: dict[tuple[str, int], Tensor] = {}
-
-    def check(self, video_ids: Sequence[str], views: Sequence[int]) -> None:
-        """Decode and encode every video in each of the views."""
-        self.clips.check(video_ids, views)
-        self._encode([(video_id, view) for video_id in video_ids for view in views])
-
-    def _encode(self, rows: Sequence[tuple[str, int]], chunk: int = 32) -> None:
-        rows = [row for row in dict.fromkeys(rows) if row not in self._cubes]
-        was_training = self.encoder.training
-        self.encoder.eval()
-        with torch.no_grad():
-            for start in range(0, len(rows), chunk):
-                part = rows[start : start + chunk]
-                clips = self.clips.read([row[0] for row in part], [row[1] for row in part]).to(self.device)
-                for row, cube in zip(part, self.encoder(clips[None])[0].cpu(), strict=True):
-                    self._cubes[row] = cube
-        self.encoder.train(was_training)
-
-    def read(self, video_ids: Sequence[str], views: Sequence[int]) -> Tensor:
-        """Cubes (V, C, T, H, W) float32."""
-        rows = list(zip(video_ids, views, strict=True))
-        self._encode(rows)
-        return torch.stack([self._cubes[row] for row in rows])
+from pipeline.run_files import resolved_head_options
+from pipeline.settings import SetupError, open_configured_store
+from pipeline.setup import build_encoder, build_model, encoder_cube_shape, load_manifest, make_sampler
+from pipeline.sources import CachedCubes, EncodedClips, LiveClips, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,86 +32,101 @@ class LoadedRun:
     """A trained run, ready to score or to look into."""
 
     config: RunConfig
+    manifest: Manifest
     model: FewShotModel
     """Head with its encoder (identity on the cache)."""
     source: Source
     """Gives cubes."""
     store_fingerprint: str
     """Of the store, or of the store that this backbone would fill."""
+    classes: Mapping[str, Sequence[str]]
+    """Classes of each split when the run was trained."""
 
 
 def load_run(
-    folder: Path,
-    device: torch.device,
-    store_path: str | None = None,
-    manifest_path: str | None = None,
-    checkpoint: str = "best.pt",
+    folder: Path, device: torch.device, store_path: str | None = None, manifest_path: str | None = None
 ) -> LoadedRun:
-    """Open a run.
+    """Open a run at its best checkpoint.
 
     Args:
         folder: written by `train`.
         device: where the model runs.
         store_path: score on this store; for an end-to-end run it must be filled by the run's own backbone.
-        manifest_path: another place of the manifest.
-        checkpoint: "best.pt" or "last.pt".
+        manifest_path: another manifest, for instance one without rejected videos.
 
     Raises:
-        SetupError: no run there.
+        SetupError: no run there, or not one that this version reads as it was meant.
         SpecMismatch: the store's cubes are not those of the run.
+    """
+    config, content = read_run(folder, device, manifest_path)
+    manifest = load_manifest(config)
+    if config.training.mode == "cached":
+        store = open_configured_store(config, store_path)
+        differing = Spec.from_json(content["store_spec"]).differences(store.spec)
+        if differing:
+            store.close()
+            raise SpecMismatch(
+                f"the run was trained on other cubes: {'; '.join(differing)}. Evaluate on the run's own store."
+            )
+        source = CachedCubes(store, config.head.array, config.training.cube_cache_bytes)
+        model = build_model(config, nn.Identity(), source.cube_shape, content["num_classes"], device)
+        model.load_state_dict(content["model"])
+        return LoadedRun(config, manifest, model, source, store.spec.fingerprint, content["classes"])
+    return _end_to_end(config, manifest, content, device, store_path)
+
+
+def read_run(folder: Path, device: torch.device, manifest_path: str | None = None) -> tuple[RunConfig, dict[str, Any]]:
+    """Config and best checkpoint of a run.
+
+    Raises:
+        SetupError: no run there, an unfinished first stretch, or head options whose defaults have changed since.
     """
     if not (folder / "config.toml").is_file():
         raise SetupError(f"{folder} holds no run (no config.toml). Train one: `mastaf train RECIPE --out {folder}`.")
-    overrides = [f'data.manifest="{manifest_path}"'] if manifest_path else []
-    config = load_config(folder / "config.toml", overrides)
-    content = load_checkpoint(folder / checkpoint, device)
-    num_classes = len(global_index(config, load_manifest(config)))
-    if config.training.mode == "cached":
-        store = open_configured_store(config, store_path)
-        if store.spec.fingerprint != content["store_fingerprint"]:
-            raise SpecMismatch(
-                f"the run was trained on cubes of {content['store_fingerprint'][:12]}, the store holds {store.spec.fingerprint[:12]}. "
-                "Evaluate on the run's own store."
-            )
-        model, source = _on_store(config, store, num_classes, device)
-        model.load_state_dict(content["model"])
-        return LoadedRun(config, model, source, store.spec.fingerprint)
-    return _end_to_end(config, content, num_classes, device, store_path)
-
-
-def _on_store(
-    config: RunConfig, store: FeatureStore, num_classes: int, device: torch.device
-) -> tuple[FewShotModel, CachedCubes]:
-    source = CachedCubes(store, config.head.array, config.training.cube_cache_bytes)
-    return build_model(config, nn.Identity(), source.cube_shape, num_classes, device), source
+    if not (folder / "best.pt").is_file():
+        raise SetupError(
+            f"{folder} has not come to its first validation (no best.pt). Go on with `mastaf train RECIPE --out {folder} --resume`."
+        )
+    tables = {"data": {"manifest": manifest_path}} if manifest_path else {}
+    config = load_config(folder / "config.toml", tables=tables)
+    content = load_checkpoint(folder / "best.pt", device)
+    now, then = resolved_head_options(config), content["head_options"]
+    if now != then:
+        changed = [key for key in sorted({*now, *then}) if now.get(key) != then.get(key)]
+        raise SetupError(
+            f"{folder} was trained with other values of {', '.join(changed)} than its config gives in this version. "
+            "State them in its config.toml."
+        )
+    return config, content
 
 
 def _end_to_end(
-    config: RunConfig, content: dict[str, Any], num_classes: int, device: torch.device, store_path: str | None
+    config: RunConfig, manifest: Manifest, content: dict[str, Any], device: torch.device, store_path: str | None
 ) -> LoadedRun:
-    # The run's weights replace whatever the backbone started from, so that file need not be there any more.
-    fresh = config.model_copy(update={"backbone": config.backbone.model_copy(update={"weights": "random:0"})})
-    encoder = build_encoder(fresh, device)
-    model = build_model(config, encoder, encoder_cube_shape(config, encoder, device), num_classes, device)
+    encoder = build_encoder(config, device, content)
+    model = build_model(config, encoder, encoder_cube_shape(config, encoder, device), content["num_classes"], device)
     model.load_state_dict(content["model"])
     model.eval()
     spec = build_spec(config, encoder.backbone, device)
     if store_path is None:
         clips = LiveClips(
-            video_sources(load_manifest(config)),
-            config.sampling,
-            config.training.decode_threads,
-            config.training.clip_cache_bytes,
+            video_sources(manifest), config.sampling, config.training.decode_threads, config.training.clip_cache_bytes
         )
-        return LoadedRun(config, model, EncodedClips(clips, encoder, device), spec.fingerprint)
-    store = open_configured_store(config, store_path)
-    if store.spec.weights_digest != spec.weights_digest:
+        source: Source = EncodedClips(clips, encoder, device)
+        return LoadedRun(config, manifest, model, source, spec.fingerprint, content["classes"])
+    store = open_store(store_path)
+    # The store may hold half precision; everything else must be the run's own.
+    dtype = store.spec.arrays[config.head.array].dtype if config.head.array in store.spec.arrays else config.store.dtype
+    as_stored = config.model_copy(update={"store": config.store.model_copy(update={"dtype": dtype})})
+    differing = store.spec.differences(build_spec(as_stored, encoder.backbone, device))
+    if differing:
+        store.close()
         raise SpecMismatch(
-            f"{store_path} holds cubes of weights {store.spec.weights_digest[:12]}, the run's backbone is {spec.weights_digest[:12]}. "
-            "Extract with `mastaf extract --from-run RUN --store NEW`."
+            f"{store_path} does not hold cubes of the run's backbone: {'; '.join(differing)}. "
+            "Extract them with `mastaf extract --from-run RUN --store NEW`."
         )
     source = CachedCubes(store, config.head.array, config.training.cube_cache_bytes)
-    return LoadedRun(config, model, source, store.spec.fingerprint)
+    return LoadedRun(config, manifest, model, source, store.spec.fingerprint, content["classes"])
 
 
 def evaluate_run(
@@ -179,7 +154,8 @@ def evaluate_run(
     """
     changes = {key: value for key, value in (("k_shot", k_shot), ("n_query", n_query)) if value is not None}
     config = run.config.model_copy(update={"episodes": run.config.episodes.model_copy(update=changes)})
-    manifest = load_manifest(config)
+    manifest = run.manifest
+    _refuse_seen_classes(run, split)
     sampler = make_sampler(config, manifest, split)
     scorer = FewShotModel(nn.Identity(), run.model.head).to(device)
     score = evaluate_model(scorer, run.source, sampler, episodes, device, on_progress)
@@ -203,6 +179,12 @@ def evaluate_run(
     return result, score
 
 
-def encoder_of(model: FewShotModel) -> ClipEncoder | None:
-    """The backbone of an end-to-end model, None on the cache."""
-    return model.encoder if isinstance(model.encoder, ClipEncoder) else None
+def _refuse_seen_classes(run: LoadedRun, split: str) -> None:
+    """A class that the run was trained on, or chosen by, may not be scored as a class of another split."""
+    for other in ("train", "val"):
+        shared = sorted(set(run.manifest.classes(split)) & set(run.classes[other]))
+        if other != split and shared:
+            raise SetupError(
+                f"{len(shared)} classes of split {split!r} were in the run's {other} split: {', '.join(shared[:5])}. "
+                "Their accuracy would not be one on unseen classes; use the manifest that the run was trained with."
+            )

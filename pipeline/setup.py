@@ -1,4 +1,4 @@
-"""From a resolved config to the objects of a run: manifest, samplers, sources, model."""
+"""From a config to the objects of a run: manifest, samplers, sources, model."""
 
 from __future__ import annotations
 
@@ -10,22 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from cache.open import open_store
-from cache.store import FeatureStore, SpecMismatch
+from cache.store import FeatureStore
 from configs.schema import RunConfig
 from episodes.build import build_head
 from episodes.checks import refuse_overlap
 from episodes.datasets import Manifest, read_manifest
 from episodes.sampler import EpisodeProtocol, EpisodeSampler
-from extract.build import build_backbone
-from extract.config import BackboneConfig, SamplingConfig
+from extract.build import BackboneError, build_backbone
 from pipeline.extraction import video_sources
-from pipeline.model import ClipEncoder, FewShotModel, cube_shape, forward_in_full_batches
+from pipeline.model import ClipEncoder, FewShotModel, cube_shape, describe_backbone, forward_in_full_batches
+from pipeline.settings import SetupError, open_configured_store, with_settings_of
 from pipeline.sources import CachedCubes, LiveClips, Source
-
-
-class SetupError(ValueError):
-    """A run cannot be put together; the message says what is missing and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +35,8 @@ class Workplace:
     store: FeatureStore | None
     """The store behind the source, on the cache."""
     device: torch.device
+    num_classes: int
+    """Outputs of the classifier over the training classes."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -54,7 +51,10 @@ def choose_device(name: str) -> torch.device:
         raise SetupError(f"--device {name!r} is not known; use auto, cpu, cuda or cuda:N.")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise SetupError(f"--device {name}, but torch sees no CUDA device here. Use --device cpu.")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise SetupError(f"--device {name!r} is not known; use auto, cpu, cuda or cuda:N.") from error
 
 
 def load_manifest(config: RunConfig) -> Manifest:
@@ -90,63 +90,6 @@ def global_index(config: RunConfig, manifest: Manifest) -> dict[str, int]:
     return {name: index for index, name in enumerate(names)}
 
 
-def open_configured_store(config: RunConfig, path: str | None = None) -> FeatureStore:
-    """Open ``store.path`` for reading and hold it against what the config says about frames and backbone.
-
-    Only keys that the config states are compared, so a recipe without ``[backbone]`` works on any store.
-
-    Raises:
-        SetupError: no store is named.
-        SpecMismatch: the store was made with other settings; every differing field is listed.
-    """
-    where = path or config.store.path
-    if not where:
-        raise SetupError("store.path is not set. Give --set store.path=FOLDER.zarr (filled by `mastaf extract`).")
-    store = open_store(where, kind=config.store.kind)
-    differing = _differing(config, store)
-    if differing:
-        store.close()
-        raise SpecMismatch(
-            f"{where} was made with other settings: {'; '.join(differing)}. Extract into another folder, or change the config."
-        )
-    return store
-
-
-def _differing(config: RunConfig, store: FeatureStore) -> list[str]:
-    stated: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
-        "sampling": (
-            config.sampling.model_dump(mode="json", include=config.sampling.model_fields_set - {"num_views"}),
-            store.spec.sampling,
-        ),
-        "backbone": (
-            config.backbone.model_dump(mode="json", include=config.backbone.model_fields_set - {"weights"}),
-            store.spec.backbone,
-        ),
-    }
-    return [
-        f"{table}.{key}: store {stored.get(key)!r}, config {value!r}"
-        for table, (wanted, stored) in stated.items()
-        for key, value in wanted.items()
-        if stored.get(key) != value
-    ]
-
-
-def _with_settings_of(store: FeatureStore, config: RunConfig) -> RunConfig:
-    """The config with the frames and the backbone that the store was made with, so that the run's record of them is true."""
-    sampling = {**store.spec.sampling, "num_views": max(config.episodes.train_views, config.sampling.num_views)}
-    backbone = {
-        "name": store.spec.backbone["name"],
-        "options": store.spec.backbone["options"],
-        "weights": config.backbone.weights,
-    }
-    return config.model_copy(
-        update={
-            "sampling": SamplingConfig.model_validate(sampling),
-            "backbone": BackboneConfig.model_validate(backbone),
-        }
-    )
-
-
 def build_model(
     config: RunConfig, encoder: nn.Module, shape: tuple[int, int, int, int], num_classes: int, device: torch.device
 ) -> FewShotModel:
@@ -165,29 +108,51 @@ def build_model(
     return FewShotModel(encoder, head).to(device)
 
 
-def prepare(config: RunConfig, device: torch.device) -> Workplace:
-    """Put a training run together: on the cache, or end to end."""
+def prepare(config: RunConfig, device: torch.device, checkpoint: Mapping[str, Any] | None = None) -> Workplace:
+    """Put a training run together: on the cache, or end to end.
+
+    Args:
+        config: as the user gave it; the workplace holds it with paths made absolute and, on the cache, with the store's settings.
+        device: where the model runs.
+        checkpoint: of the run to resume; its backbone is rebuilt without the file that it once started from.
+    """
     manifest = load_manifest(config)
     num_classes = len(global_index(config, manifest))
+    config = with_absolute_paths(config)
     if config.training.mode == "cached":
         store = open_configured_store(config)
-        config = _with_settings_of(store, config)
+        config = with_settings_of(store, config)
         source = CachedCubes(store, config.head.array, config.training.cube_cache_bytes)
         model = build_model(config, nn.Identity(), source.cube_shape, num_classes, device)
-        return Workplace(config, manifest, model, source, store, device)
-    encoder = build_encoder(config, device)
+        return Workplace(config, manifest, model, source, store, device, num_classes)
+    encoder = build_encoder(config, device, checkpoint)
     live = LiveClips(
         video_sources(manifest), config.sampling, config.training.decode_threads, config.training.clip_cache_bytes
     )
     model = build_model(config, encoder, encoder_cube_shape(config, encoder, device), num_classes, device)
-    return Workplace(config, manifest, model, live, None, device)
+    return Workplace(config, manifest, model, live, None, device, num_classes)
 
 
-def build_encoder(config: RunConfig, device: torch.device) -> ClipEncoder:
-    """The backbone of a config as the model's encoder."""
-    backbone = build_backbone(config.backbone, config.sampling).to(device)
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The config with paths that hold from any folder, for the run's record."""
+
+    tables = {"data": "manifest", "store": "path", "backbone": "weights"}
+    changes = {}
+    for table, key in tables.items():
+        path = getattr(getattr(config, table), key)
+        # What the user left out stays left out: only stated keys are held against a store.
+        if path and Path(path).exists():
+            changes[table] = getattr(config, table).model_copy(update={key: str(Path(path).resolve())})
+    return config.model_copy(update=changes)
+
+
+def build_encoder(config: RunConfig, device: torch.device, checkpoint: Mapping[str, Any] | None = None) -> ClipEncoder:
+    """The backbone of a config, or that of a run's checkpoint, as the model's encoder."""
+    backbone = (
+        build_backbone(config.backbone, config.sampling) if checkpoint is None else trained_backbone(config, checkpoint)
+    )
     return ClipEncoder(
-        backbone,
+        backbone.to(device),
         config.sampling,
         array=config.head.array,
         forward_batch=config.extraction.forward_batch,
@@ -195,6 +160,33 @@ def build_encoder(config: RunConfig, device: torch.device) -> ClipEncoder:
         is_trained=config.training.backbone_learning_rate != 0,
         batchnorm=config.training.backbone_batchnorm,
     )
+
+
+def trained_backbone(config: RunConfig, checkpoint: Mapping[str, Any]) -> nn.Module:
+    """The backbone of an end-to-end run with the run's weights, on the CPU and in evaluation mode.
+
+    Built without the weights that the run started from where options alone decide the network; a network whose sizes come from a
+    directory needs that directory still. Either way it must be the network that the checkpoint describes.
+
+    Raises:
+        SetupError: it cannot be built as it was.
+    """
+    problems = []
+    for weights in ("random:0", config.backbone.weights):
+        try:
+            backbone = build_backbone(config.backbone.model_copy(update={"weights": weights}), config.sampling)
+        except BackboneError as error:
+            problems.append(str(error))
+            continue
+        if describe_backbone(backbone) == checkpoint["backbone"]:
+            prefix = "encoder.backbone."
+            state = {
+                key.removeprefix(prefix): value for key, value in checkpoint["model"].items() if key.startswith(prefix)
+            }
+            backbone.load_state_dict(state)
+            return backbone
+        problems.append(f"with weights = {weights!r} it is {describe_backbone(backbone)}, not {checkpoint['backbone']}")
+    raise SetupError(f"the run's backbone {config.backbone.name} cannot be built as it was: {'; '.join(problems)}")
 
 
 def encoder_cube_shape(config: RunConfig, encoder: ClipEncoder, device: torch.device) -> tuple[int, int, int, int]:

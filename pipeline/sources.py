@@ -8,17 +8,19 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cache.store import FeatureStore
 from episodes.batch import EpisodeBatch
 from episodes.sampler import Episode
 from extract.config import SamplingConfig
 from extract.decode import VideoError, VideoSource, read_views
+from pipeline.console import shortened
 
 
 class SourceError(ValueError):
@@ -63,24 +65,25 @@ class CachedCubes:
                     rejected.append(f"{video_id} ({outcome.reason})")
         if missing:
             raise SourceError(
-                f"{len(missing)} rows are not in the store: {_some(missing)}. Run `mastaf extract` on this manifest first."
+                f"{len(missing)} rows are not in the store: {shortened(missing)}. Run `mastaf extract` on this manifest first."
             )
         if rejected:
             rejected = list(dict.fromkeys(rejected))
             raise SourceError(
-                f"{len(rejected)} videos of the split were rejected when extracting: {_some(rejected)}. An episode never avoids them "
+                f"{len(rejected)} videos of the split were rejected when extracting: {shortened(rejected)}. An episode never avoids them "
                 "silently: write a manifest without them by `mastaf dataset exclude MANIFEST --from-store STORE --out NEW.csv`."
             )
         self._load([(video_id, view) for video_id in video_ids for view in views])
 
     def _load(self, rows: list[tuple[str, int]]) -> None:
-        rows = list(dict.fromkeys([*self._rows, *rows]))
+        """Read the rows that are not in memory yet, if all fit together."""
+        new = [row for row in dict.fromkeys(rows) if row not in self._rows]
         item_bytes = int(np.prod(self.cube_shape)) * np.dtype(self.store.spec.arrays[self.array].dtype).itemsize
-        if len(rows) * item_bytes > self.cache_bytes or len(rows) == len(self._rows):
+        if not new or (len(self._rows) + len(new)) * item_bytes > self.cache_bytes:
             return
-        cubes = self.store.read([row[0] for row in rows], [row[1] for row in rows], self.array)
-        self._resident = torch.from_numpy(cubes)
-        self._rows = {row: index for index, row in enumerate(rows)}
+        cubes = torch.from_numpy(self.store.read([row[0] for row in new], [row[1] for row in new], self.array))
+        self._rows |= {row: len(self._rows) + index for index, row in enumerate(new)}
+        self._resident = cubes if self._resident is None else torch.cat([self._resident, cubes])
 
     def read(self, video_ids: Sequence[str], views: Sequence[int]) -> Tensor:
         """Cubes (V, C, T, H, W) in the stored dtype."""
@@ -106,12 +109,16 @@ class LiveClips:
         self._pool = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
         self._clips: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
         self._held_bytes = 0
+        # The batch of the next step is made while the loop validates: both read.
+        self._lock = Lock()
+        self.degraded: dict[str, str] = {}
+        """Reason by video id, of every video that was read so far and is not quite whole."""
 
     def check(self, video_ids: Sequence[str], views: Sequence[int]) -> None:  # noqa: ARG002  any view can be made of a file
         """Refuse videos that have no file in this source; whether they decode shows only when they are read."""
         unknown = [video_id for video_id in video_ids if video_id not in self.videos]
         if unknown:
-            raise SourceError(f"{len(unknown)} videos have no file: {_some(unknown)}")
+            raise SourceError(f"{len(unknown)} videos have no file: {shortened(unknown)}")
 
     def read(self, video_ids: Sequence[str], views: Sequence[int]) -> Tensor:
         """Clips (V, F, H, W, 3) uint8.
@@ -120,19 +127,23 @@ class LiveClips:
             SourceError: a video cannot be decoded; it is named with the reason.
         """
         rows = list(zip(video_ids, views, strict=True))
+        held = self._take(rows)
         wanted: dict[str, list[int]] = {}
         for video_id, view in dict.fromkeys(rows):
-            if (video_id, view) not in self._clips:
+            if (video_id, view) not in held:
                 wanted.setdefault(video_id, []).append(view)
-        held = {row: self._clips[row] for row in rows if row in self._clips}
         for clips in self._pool.map(lambda item: self._decode(*item), wanted.items()):
             held.update(clips)
-            for row, clip in clips.items():
-                self._keep(row, clip)
-        for row in dict.fromkeys(rows):
-            if row in self._clips:
-                self._clips.move_to_end(row)
+            self._keep(clips)
         return torch.from_numpy(np.stack([held[row] for row in rows]))
+
+    def _take(self, rows: Sequence[tuple[str, int]]) -> dict[tuple[str, int], np.ndarray]:
+        """What is in memory of these rows, marked as used."""
+        with self._lock:
+            held = {row: self._clips[row] for row in rows if row in self._clips}
+            for row in held:
+                self._clips.move_to_end(row)
+        return held
 
     def _decode(self, video_id: str, views: list[int]) -> dict[tuple[str, int], np.ndarray]:
         try:
@@ -142,16 +153,56 @@ class LiveClips:
                 f"video {video_id} cannot be used: {error}. Take it out of the episodes with `mastaf extract` followed by "
                 "`mastaf dataset exclude MANIFEST --from-store STORE --out NEW.csv`, or repair the file."
             ) from error
+        if decoded.status != "ok":
+            self.degraded[video_id] = str(decoded.reason)
         return {(video_id, view): clip for view, clip in zip(views, decoded.clips, strict=True)}
 
-    def _keep(self, row: tuple[str, int], clip: np.ndarray) -> None:
-        if clip.nbytes > self.cache_bytes:
-            return
-        self._clips[row] = clip
-        self._held_bytes += clip.nbytes
-        while self._held_bytes > self.cache_bytes:
-            _, oldest = self._clips.popitem(last=False)
-            self._held_bytes -= oldest.nbytes
+    def _keep(self, clips: Mapping[tuple[str, int], np.ndarray]) -> None:
+        with self._lock:
+            for row, clip in clips.items():
+                if row in self._clips or clip.nbytes > self.cache_bytes:
+                    continue
+                self._clips[row] = clip
+                self._held_bytes += clip.nbytes
+            while self._held_bytes > self.cache_bytes:
+                _, oldest = self._clips.popitem(last=False)
+                self._held_bytes -= oldest.nbytes
+
+
+class EncodedClips:
+    """Each clip passed once through a backbone in evaluation mode; a video is encoded once however many episodes draw it.
+
+    With running statistics a cube is a constant of its video (reference 12.8), so the scores are those of the whole model.
+    """
+
+    def __init__(self, clips: LiveClips, encoder: nn.Module, device: torch.device) -> None:
+        self.clips = clips
+        self.encoder = encoder
+        self.device = device
+        self._cubes: dict[tuple[str, int], Tensor] = {}
+
+    def check(self, video_ids: Sequence[str], views: Sequence[int]) -> None:
+        """Decode and encode every video in each of the views."""
+        self.clips.check(video_ids, views)
+        self._encode([(video_id, view) for video_id in video_ids for view in views])
+
+    def _encode(self, rows: Sequence[tuple[str, int]], chunk: int = 32) -> None:
+        rows = [row for row in dict.fromkeys(rows) if row not in self._cubes]
+        was_training = self.encoder.training
+        self.encoder.eval()
+        with torch.no_grad():
+            for start in range(0, len(rows), chunk):
+                part = rows[start : start + chunk]
+                clips = self.clips.read([row[0] for row in part], [row[1] for row in part]).to(self.device)
+                for row, cube in zip(part, self.encoder(clips[None])[0].cpu(), strict=True):
+                    self._cubes[row] = cube
+        self.encoder.train(was_training)
+
+    def read(self, video_ids: Sequence[str], views: Sequence[int]) -> Tensor:
+        """Cubes (V, C, T, H, W) float32."""
+        rows = list(zip(video_ids, views, strict=True))
+        self._encode(rows)
+        return torch.stack([self._cubes[row] for row in rows])
 
 
 def assemble(
@@ -160,7 +211,6 @@ def assemble(
     support_views: np.ndarray,
     query_views: np.ndarray,
     global_index: Mapping[str, int] | None = None,
-    generator: torch.Generator | None = None,
 ) -> EpisodeBatch:
     """Turn episodes (ids and labels) into the tensors of one batch.
 
@@ -170,7 +220,6 @@ def assemble(
         support_views: (E, S) int64, the view of each support.
         query_views: (E, Q) int64, the view of each query.
         global_index: training class name -> global label; None leaves the global labels out (evaluation).
-        generator: for heads that draw.
     """
     num_supports = len(episodes[0].support_ids)
     ids = [video_id for episode in episodes for video_id in (*episode.support_ids, *episode.query_ids)]
@@ -191,9 +240,4 @@ def assemble(
         ),
         n_way=len(episodes[0].class_names),
         class_global_labels=global_labels,
-        generator=generator,
     )
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

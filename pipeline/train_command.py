@@ -9,7 +9,8 @@ from typing import Any
 from configs.load import find_recipe, load_config
 from pipeline.console import progress, say
 from pipeline.scoring import evaluate_run, load_run
-from pipeline.setup import SetupError, choose_device
+from pipeline.settings import SetupError
+from pipeline.setup import choose_device
 from pipeline.training import train
 
 

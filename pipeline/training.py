@@ -5,52 +5,38 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from configs.load import load_config, to_toml
-from configs.schema import RunConfig
+from configs.load import to_toml
+from configs.schema import RunConfig, TrainingConfig
 from episodes.sampler import EpisodeSampler
-from pipeline.checkpoint import load_checkpoint, save_checkpoint, write_file
+from pipeline.checkpoint import write_file
 from pipeline.evaluation import evaluate_model
 from pipeline.initial_weights import load_initial_weights
 from pipeline.interrupts import Stopped, StopRequest
 from pipeline.loop import StepRecord, TrainingBatches, run_loop
-from pipeline.model import FewShotModel
-from pipeline.provenance import code_version, hardware, library_versions
-from pipeline.scoring import EncodedClips
-from pipeline.setup import SetupError, Workplace, global_index, make_sampler, prepare
-from pipeline.sources import LiveClips, Source
-
-# May differ between a run and its resumption: they change no number of the training.
-CHANGEABLE = frozenset(
-    {
-        "training.decode_threads",
-        "training.clip_cache_bytes",
-        "training.cube_cache_bytes",
-        "extraction.decode_threads",
-        "evaluation.episodes",
-        "evaluation.split",
-        "store.path",
-        "data.manifest",
-    }
+from pipeline.model import ClipEncoder, FewShotModel
+from pipeline.run_files import (
+    Progress,
+    export_backbone,
+    load_for_resume,
+    refuse_other_config,
+    refuse_other_data,
+    refuse_wrong_folder,
+    save_run,
+    trim_metrics,
+    write_card,
 )
+from pipeline.setup import Workplace, global_index, make_sampler, prepare
+from pipeline.sources import EncodedClips, LiveClips, Source
 
-
-@dataclass(slots=True)
-class _Progress:
-    """What the loop has reached; goes into the checkpoint."""
-
-    episode: int = 0
-    best_accuracy: float = -1.0
-    best_episode: int = 0
-    best_interval95: float = 0.0
-    test_selected_accuracy: float = -1.0
-    test_selected_episode: int = 0
-    seconds: float = 0.0
+READ_AHEAD = 32
+"""Videos decoded at a time when the validation files are tried before training."""
 
 
 @dataclass(slots=True)
@@ -64,8 +50,32 @@ class _Job:
     validation: EpisodeSampler | None
     test: EpisodeSampler | None
     report: Callable[[Mapping[str, Any]], None]
-    progress: _Progress = field(default_factory=_Progress)
-    started: float = field(default_factory=time.monotonic)
+    progress: Progress
+    started: float
+    stop: StopRequest
+
+    @property
+    def training(self) -> TrainingConfig:
+        return self.place.config.training
+
+    def save(self, name: str) -> None:
+        """Write a checkpoint of the present state."""
+        self.progress.seconds += time.monotonic() - self.started
+        self.started = time.monotonic()
+        save_run(self.folder / name, self.place, self.optimizer, self.scheduler, self.progress)
+
+    def refuse_to_go_on(self, done: int, total: int) -> None:
+        """Called while validating: leave at once when a signal came; the state was saved before."""
+        del done, total
+        if self.stop.signal_number is not None:
+            raise self.stopped()
+
+    def stopped(self) -> Stopped:
+        assert self.stop.signal_number is not None
+        return Stopped(
+            self.stop.signal_number,
+            f"{self.folder / 'last.pt'} holds {self.progress.episode} episodes; go on with --resume",
+        )
 
 
 def train(
@@ -91,214 +101,162 @@ def train(
         SetupError, SourceError, TrainingError: bad input, one line each.
         Stopped: a signal came; last.pt is written.
     """
-    _refuse_wrong_folder(folder, resume)
-    place = prepare(config, device)
-    config = place.config
-    if resume:
-        _refuse_other_config(folder, config)
-    if config.training.initial_weights and not resume:
+    refuse_wrong_folder(folder, resume)
+    checkpoint = load_for_resume(folder, device) if resume else None
+    place = prepare(config, device, checkpoint)
+    if checkpoint is not None:
+        refuse_other_config(folder, place.config)
+        refuse_other_data(checkpoint, place)
+    elif config.training.initial_weights:
         load_initial_weights(place.model, Path(config.training.initial_weights))
-    job = _make_job(place, folder, report)
-    if resume and (folder / "last.pt").is_file():
-        _restore(job)
-    _check_sources(job)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "config.toml", to_toml(config).encode())
     with StopRequest() as stop:
-        done = run_loop(
-            place.model,
-            _batches(place),
-            job.optimizer,
-            job.scheduler,
-            config.training,
-            device,
-            job.progress.episode,
-            stop,
-            lambda record: _after_step(job, record),
-        )
-        job.progress.episode = done
-        if stop.signal_number is not None and done < config.training.episodes:
-            _save(job, "last.pt")
-            raise Stopped(stop.signal_number, f"{folder / 'last.pt'} holds {done} episodes; go on with --resume")
+        job = _make_job(place, folder, report, stop)
+        if checkpoint is not None:
+            _restore(job, checkpoint)
+        _check_sources(job)
+        _begin(job, is_new=checkpoint is None)
+        _run(job)
     return _finish(job)
 
 
-def _refuse_wrong_folder(folder: Path, resume: bool) -> None:
-    holds_run = (folder / "config.toml").is_file()
-    if holds_run and not resume:
-        raise SetupError(f"{folder} holds a run already. Go on with --resume, or choose another --out.")
-    if resume and not holds_run:
-        raise SetupError(f"{folder} holds no run to resume (no config.toml).")
-
-
-def _refuse_other_config(folder: Path, config: RunConfig) -> None:
-    differing = config_differences(load_config(folder / "config.toml"), config)
-    if differing:
-        raise SetupError(
-            f"--resume with another config: {'; '.join(differing)}. Use the run's own settings, or start a new --out."
-        )
-
-
-def config_differences(stored: RunConfig, wanted: RunConfig) -> list[str]:
-    """Fields that differ between two configs and may not, as ``table.key: run X, now Y``."""
-    ours, theirs = stored.model_dump(mode="json"), wanted.model_dump(mode="json")
-    return [
-        f"{table}.{key}: run {ours[table].get(key)!r}, now {theirs[table].get(key)!r}"
-        for table in ours
-        for key in sorted({*ours[table], *theirs[table]})
-        if ours[table].get(key) != theirs[table].get(key) and f"{table}.{key}" not in CHANGEABLE
-    ]
-
-
-def _make_job(place: Workplace, folder: Path, report: Callable[[Mapping[str, Any]], None]) -> _Job:
-    config = place.config
-    training = config.training
-    groups = place.model.parameter_groups(training.learning_rate, training.backbone_learning_rate)
-    if not groups:
-        # A head without parameters on the cache has nothing to learn; the loop still measures it.
-        groups = [{"params": [torch.nn.Parameter(torch.zeros(()))], "lr": training.learning_rate}]
-    optimizer: torch.optim.Optimizer
-    if training.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, momentum=training.momentum, weight_decay=training.weight_decay)
-    else:
-        kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
-        optimizer = kind(groups, weight_decay=training.weight_decay)
+def _make_job(place: Workplace, folder: Path, report: Callable[[Mapping[str, Any]], None], stop: StopRequest) -> _Job:
+    training = place.config.training
+    optimizer = _make_optimizer(place.model, training)
     num_steps = max(1, -(-training.episodes // training.episodes_per_step))
     scheduler: torch.optim.lr_scheduler.LRScheduler
     if training.schedule == "cosine":
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     else:
         scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    validation = make_sampler(config, place.manifest, "val") if place.manifest.classes("val") else None
-    test = make_sampler(config, place.manifest, "test") if training.track_test else None
-    return _Job(place, folder, optimizer, scheduler, validation, test, report)
+    validation = make_sampler(place.config, place.manifest, "val") if place.manifest.classes("val") else None
+    test = make_sampler(place.config, place.manifest, "test") if training.track_test else None
+    return _Job(place, folder, optimizer, scheduler, validation, test, report, Progress(), time.monotonic(), stop)
 
 
-def _batches(place: Workplace) -> TrainingBatches:
-    config = place.config
-    return TrainingBatches(
-        make_sampler(config, place.manifest, "train"),
-        place.source,
-        global_index(config, place.manifest),
-        config.episodes.train_views,
-        config.training.seed,
-    )
+def _make_optimizer(model: FewShotModel, training: TrainingConfig) -> torch.optim.Optimizer:
+    groups = model.parameter_groups(training.learning_rate, training.backbone_learning_rate)
+    if not groups:
+        # Neighbor without its classifier has nothing to learn; torch wants a parameter all the same.
+        groups = [{"params": [nn.Parameter(torch.zeros(()))], "lr": training.learning_rate}]
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=training.momentum, weight_decay=training.weight_decay)
+    kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
+    return kind(groups, weight_decay=training.weight_decay)
+
+
+def _restore(job: _Job, checkpoint: Mapping[str, Any]) -> None:
+    job.place.model.load_state_dict(checkpoint["model"])
+    job.optimizer.load_state_dict(checkpoint["optimizer"])
+    job.scheduler.load_state_dict(checkpoint["scheduler"])
+    job.progress = Progress(**checkpoint["progress"])
+    trim_metrics(job.folder / "metrics.jsonl", job.progress.episode, job.progress.validated_episode)
 
 
 def _check_sources(job: _Job) -> None:
+    """Refuse, before any work, what an episode would stumble over."""
     config, manifest = job.place.config, job.place.manifest
-    job.place.source.check(
-        [video.video_id for video in manifest.videos_of("train")], range(config.episodes.train_views)
-    )
+    source = job.place.source
+    train_ids = [video.video_id for video in manifest.videos_of("train")]
+    source.check(train_ids, range(config.episodes.train_views))
     for sampler in (job.validation, job.test):
-        if sampler is not None:
-            job.place.source.check(sampler.video_ids, [0])
+        if sampler is None:
+            continue
+        source.check(sampler.video_ids, [0])
+        if isinstance(source, LiveClips):
+            # A file that does not decode should show now, not at the first validation.
+            for start in range(0, len(sampler.video_ids), READ_AHEAD):
+                part = sampler.video_ids[start : start + READ_AHEAD]
+                source.read(part, [0] * len(part))
+
+
+def _begin(job: _Job, is_new: bool) -> None:
+    if not is_new:
+        return
+    job.folder.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.jsonl", "best.pt", "card.json", "backbone.pt"):
+        (job.folder / name).unlink(missing_ok=True)  # of a run that never finished its first step
+    write_file(job.folder / "config.toml", to_toml(job.place.config).encode())
+    job.save("last.pt")
+
+
+def _run(job: _Job) -> None:
+    config = job.place.config
+    if _is_validation_due(job):
+        _validate(job)
+    batches = TrainingBatches(
+        make_sampler(config, job.place.manifest, "train"),
+        job.place.source,
+        global_index(config, job.place.manifest),
+        config.episodes.train_views,
+    )
+    run_loop(
+        job.place.model,
+        batches,
+        job.optimizer,
+        job.scheduler,
+        job.training,
+        job.place.device,
+        job.progress.episode,
+        job.stop,
+        lambda record: _after_step(job, record),
+    )
+    if job.stop.signal_number is not None and job.progress.episode < job.training.episodes:
+        job.save("last.pt")
+        raise job.stopped()
 
 
 def _after_step(job: _Job, record: StepRecord) -> None:
-    training = job.place.config.training
-    before, job.progress.episode = job.progress.episode, record.episode
-    _log(
-        job,
-        {
-            "kind": "step",
-            "episode": record.episode,
-            "loss": record.loss,
-            **{f"loss_{name}": value for name, value in record.terms.items()},
-            "accuracy": record.accuracy,
-            "learning_rate": record.learning_rate,
-        },
-    )
-    if (
-        record.episode // training.validate_every > before // training.validate_every
-        or record.episode >= training.episodes
-    ):
+    job.progress.episode = record.episode
+    terms = {f"loss_{name}": value for name, value in record.terms.items()}
+    line = {"kind": "step", "episode": record.episode, "loss": record.loss, **terms}
+    _log(job, {**line, "accuracy": record.accuracy, "learning_rate": record.learning_rate})
+    if _is_validation_due(job):
+        job.save("last.pt")
         _validate(job)
-        _save(job, "last.pt")
+
+
+def _is_validation_due(job: _Job) -> bool:
+    progress, every = job.progress, job.training.validate_every
+    if progress.validated_episode >= progress.episode:
+        return job.training.episodes == 0 and progress.validated_episode < 0
+    return (
+        progress.episode >= job.training.episodes
+        or progress.episode // every > max(0, progress.validated_episode) // every
+    )
 
 
 def _validate(job: _Job) -> None:
-    training, progress = job.place.config.training, job.progress
+    progress = job.progress
     line: dict[str, Any] = {"kind": "validation", "episode": progress.episode}
-    source = _evaluation_source(job.place)
+    source, device = _evaluation_source(job.place), job.place.device
+    scorer = FewShotModel(nn.Identity(), job.place.model.head)
+    count = job.training.validation_episodes
+    is_best = True
     if job.validation is not None:
-        score = evaluate_model(
-            _scorer(job.place), source, job.validation, training.validation_episodes, job.place.device
-        )
+        score = evaluate_model(scorer, source, job.validation, count, device, job.refuse_to_go_on)
         line |= {"val_accuracy": score.accuracy, "val_interval95": score.interval95, "val_episodes": score.episodes}
-        if score.accuracy > progress.best_accuracy:
+        is_best = progress.best_accuracy is None or score.accuracy > progress.best_accuracy
+        if is_best:
             progress.best_accuracy, progress.best_interval95 = score.accuracy, score.interval95
-            progress.best_episode = progress.episode
-            _save(job, "best.pt")
-    else:
+    if job.test is not None:
+        score = evaluate_model(scorer, source, job.test, count, device, job.refuse_to_go_on)
+        line |= {"test_accuracy_not_for_selection": score.accuracy, "test_interval95": score.interval95}
+        if progress.test_selected_accuracy is None or score.accuracy > progress.test_selected_accuracy:
+            progress.test_selected_accuracy = score.accuracy
+    progress.validated_episode = progress.episode
+    if is_best:
         # Without a validation split nothing may be selected: the best checkpoint is the last one.
         progress.best_episode = progress.episode
-        _save(job, "best.pt")
-    if job.test is not None:
-        score = evaluate_model(_scorer(job.place), source, job.test, training.validation_episodes, job.place.device)
-        line |= {"test_accuracy_not_for_selection": score.accuracy, "test_interval95": score.interval95}
-        if score.accuracy > progress.test_selected_accuracy:
-            progress.test_selected_accuracy, progress.test_selected_episode = score.accuracy, progress.episode
+        job.save("best.pt")
     _log(job, line)
+    job.save("last.pt")
 
 
 def _evaluation_source(place: Workplace) -> Source:
     if isinstance(place.source, LiveClips):
+        assert isinstance(place.model.encoder, ClipEncoder)
         return EncodedClips(place.source, place.model.encoder, place.device)
     return place.source
-
-
-def _scorer(place: Workplace) -> FewShotModel:
-    """The part of the model that scores cubes; what encodes clips has done so in the source."""
-    return FewShotModel(torch.nn.Identity(), place.model.head)
-
-
-def _save(job: _Job, name: str) -> None:
-    progress = job.progress
-    save_checkpoint(
-        job.folder / name,
-        {
-            "model": job.place.model.state_dict(),
-            "optimizer": job.optimizer.state_dict(),
-            "scheduler": job.scheduler.state_dict(),
-            "progress": {**_as_dict(progress), "seconds": progress.seconds + time.monotonic() - job.started},
-            "config": to_toml(job.place.config),
-            "split_hash": job.place.manifest.split_hash,
-            "store_fingerprint": job.place.store.spec.fingerprint if job.place.store else None,
-        },
-    )
-
-
-def _restore(job: _Job) -> None:
-    content = load_checkpoint(job.folder / "last.pt", job.place.device)
-    fingerprint = job.place.store.spec.fingerprint if job.place.store else None
-    for name, stored, found in (
-        ("split hash", content["split_hash"], job.place.manifest.split_hash),
-        ("store fingerprint", content["store_fingerprint"], fingerprint),
-    ):
-        if stored != found:
-            raise SetupError(
-                f"--resume: the run's {name} is {stored}, now it is {found}. Restore the data, or start a new --out."
-            )
-    job.place.model.load_state_dict(content["model"])
-    job.optimizer.load_state_dict(content["optimizer"])
-    job.scheduler.load_state_dict(content["scheduler"])
-    job.progress = _Progress(**content["progress"])
-    _trim_metrics(job.folder / "metrics.jsonl", job.progress.episode)
-
-
-def _trim_metrics(path: Path, episode: int) -> None:
-    """Drop lines from after the checkpoint; the resumed run writes them again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["episode"] <= episode:
-                kept.append(line)
-        except json.JSONDecodeError:
-            break  # the line that the kill tore; nothing after it can be from before the checkpoint
-    write_file(path, "".join(f"{line}\n" for line in kept).encode())
 
 
 def _log(job: _Job, line: dict[str, Any]) -> None:
@@ -308,42 +266,8 @@ def _log(job: _Job, line: dict[str, Any]) -> None:
 
 
 def _finish(job: _Job) -> dict[str, Any]:
-    place, progress = job.place, job.progress
-    if not (job.folder / "best.pt").exists():
-        progress.best_episode = progress.episode
-        _save(job, "best.pt")
-    _save(job, "last.pt")
-    if place.config.training.mode == "end_to_end":
-        best = load_checkpoint(job.folder / "best.pt")["model"]
-        prefix = "encoder.backbone."
-        save_checkpoint(
-            job.folder / "backbone.pt",
-            {
-                "state_dict": {
-                    name.removeprefix(prefix): value for name, value in best.items() if name.startswith(prefix)
-                }
-            },
-        )
-    card = {
-        "mode": place.config.training.mode,
-        "head": place.config.head.name,
-        "episodes": progress.episode,
-        "best_episode": progress.best_episode,
-        "selected_on": "val" if job.validation is not None else "nothing (no validation split: last checkpoint)",
-        "val_accuracy": progress.best_accuracy if job.validation is not None else None,
-        "val_interval95": progress.best_interval95 if job.validation is not None else None,
-        "test_selected_accuracy_published_protocol": progress.test_selected_accuracy if job.test is not None else None,
-        "seconds": progress.seconds + time.monotonic() - job.started,
-        "split_hash": place.manifest.split_hash,
-        "store_fingerprint": place.store.spec.fingerprint if place.store else None,
-        "num_parameters": sum(parameter.numel() for parameter in place.model.parameters()),
-        "code_version": code_version(),
-        "libraries": library_versions(),
-        "hardware": hardware(),
-    }
-    write_file(job.folder / "card.json", (json.dumps(card, indent=2) + "\n").encode())
-    return card
-
-
-def _as_dict(progress: _Progress) -> dict[str, Any]:
-    return {name: getattr(progress, name) for name in progress.__slots__}
+    job.save("last.pt")
+    if isinstance(job.place.model.encoder, ClipEncoder):
+        export_backbone(job.folder)
+    degraded = job.place.source.degraded if isinstance(job.place.source, LiveClips) else {}
+    return write_card(job.folder / "card.json", job.place, job.progress, job.validation is not None, degraded)

@@ -11,6 +11,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+
 from contracts.world import STEPS, World, make_world
 
 ROOT = Path(__file__).resolve().parents[1]

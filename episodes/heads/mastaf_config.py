@@ -37,6 +37,21 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Defaults that a preset changes; the fields' own defaults are the reference."""
 
 
+_OF_ATTENTION = (
+    "normalize_corr",
+    "kernel_reduce",
+    "meta_learner",
+    "hidden",
+    "tau",
+    "meta_bn",
+    "meta_bn_query",
+    "share_cam",
+    "residual",
+    "attention_gain",
+    "alpha",
+)
+
+
 class MastafConfig(BaseModel):
     """Knobs of the MASTAF head. Field defaults are those of the released code; explicit keys override the preset."""
 
@@ -96,6 +111,15 @@ class MastafConfig(BaseModel):
     """Weight of the global loss (code: 1; paper: 2)."""
     lambda_few: float = Field(default=0.5, ge=0.0)
     """Weight of the few-shot loss, the released flag `lamda` (code: 0.5; paper: 1)."""
+
+    def without_effect(self) -> dict[str, str]:
+        """Options that change no number with the branches that are on, each with the reason."""
+        if self.self_attention and self.cross_attention:
+            return {}
+        if not self.self_attention and not self.cross_attention:
+            return dict.fromkeys(_OF_ATTENTION, "there is no attention")
+        of_both = dict.fromkeys(("share_cam", "alpha"), "there is one branch of attention only")
+        return of_both if self.self_attention else {**of_both, "meta_bn_query": "there is no self attention"}
 
     @model_validator(mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""Reads the training checkpoints of the released MASTAF code (https://github.com/lxhit/STAF, commit 10c7d9a).
+"""Sorts the training checkpoints of the released MASTAF code (https://github.com/lxhit/STAF, commit 10c7d9a).
 
 They hold a backbone (`base.*`), the meta-learner (`cam.*`) and the global classifier (`classifier.*`), each with an
 extra `.module` when trained on several GPUs; alone, or as `model_state_dict` beside the optimiser's state.
@@ -8,7 +8,6 @@ extra `.module` when trained on several GPUs; alone, or as `model_state_dict` be
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,25 +47,6 @@ class StafCheckpoint:
     """The global classifier by our names: `weight` (Z, C), `bias` (Z,)."""
     backbone: dict[str, Tensor]
     """The backbone by its own names, without `base.`; as in a checkpoint of the backbone alone."""
-
-
-def read_staf_checkpoint(path: Path) -> StafCheckpoint:
-    """Read a checkpoint file (weights only: nothing in the file is executed).
-
-    Args:
-        path: `checkpoint.pt`, `checkpoint{N}.pt` or `fully_trained.pt` of the released code.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    # torch.load raises many types (pickle, zip and runtime errors); all mean that this file is not a checkpoint.
-    except Exception as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise StafCheckpointError(f"{path} cannot be read as a torch checkpoint: {first_line}") from error
-    if not isinstance(content, Mapping):
-        raise StafCheckpointError(f"{path} holds a {type(content).__name__}, but a state dict is needed")
-    return split_staf_state(content)
 
 
 def split_staf_state(content: Mapping[str, Any]) -> StafCheckpoint:
@@ -113,7 +93,7 @@ def load_staf_head(head: MastafHead, checkpoint: StafCheckpoint) -> None:
 
     Args:
         head: a head with a learnt, normalised meta-learner, for cubes of the checkpoint's number of positions.
-        checkpoint: what `read_staf_checkpoint` returned.
+        checkpoint: what `split_staf_state` returned.
     """
     cams = [cam for cam in (head.cam, head.cam_self, head.cam_cross) if isinstance(cam, MetaLearner)]
     if not cams or any(cam.norm is None for cam in cams):

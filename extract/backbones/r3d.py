@@ -97,6 +97,7 @@ class R3D(nn.Module):
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.channels = channels
+        self.architecture: dict[str, Any] = {"depth": depth, "shortcut": "B"}
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

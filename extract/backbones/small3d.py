@@ -61,6 +61,7 @@ class Small3D(nn.Module):
         super().__init__()
         width = options.width
         self.channels = 4 * width
+        self.architecture: dict[str, Any] = options.model_dump(mode="json")
         self.subtract_mean = options.subtract_mean
         self.stem = nn.Sequential(
             nn.Conv3d(3, width, (3, 5, 5), (1, 2, 2), (1, 2, 2), bias=False),

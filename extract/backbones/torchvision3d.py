@@ -22,13 +22,14 @@ class VideoTrunk(nn.Module):
 
     preprocessing = KINETICS_TORCHVISION
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, model: str) -> None:
         super().__init__()
         for name in ("stem", "layer1", "layer2", "layer3", "layer4"):
             self.add_module(name, network.get_submodule(name))
         classifier = network.get_submodule("fc")
         assert isinstance(classifier, nn.Linear)
         self.channels = classifier.in_features
+        self.architecture: dict[str, Any] = {"model": model}
 
     def forward(self, frames: Tensor) -> dict[str, Tensor]:
         """Embed clips: (B, 3, F, H, W) float32 -> {"cube": (B, 512, F/8, H/16, W/16)}; mc3_18 keeps all F frames."""
@@ -53,6 +54,6 @@ def build_torchvision3d(config: BackboneConfig, sampling: SamplingConfig, *, mod
             weights.get_state_dict(progress=False, check_hash=True), Path(weights.url), dropped=("fc.",)
         )
 
-    module = VideoTrunk(models.get_model(model, weights=None))
+    module = VideoTrunk(models.get_model(model, weights=None), model)
     load_weights(module, config, convert, pretrained)
     return module

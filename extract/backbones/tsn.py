@@ -23,7 +23,7 @@ class FrameResNet(nn.Module):
 
     preprocessing = IMAGENET
 
-    def __init__(self, resnet: nn.Module) -> None:
+    def __init__(self, resnet: nn.Module, depth: int) -> None:
         super().__init__()
         # Everything but avgpool and fc, in the order in which torchvision applies it.
         for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
@@ -31,6 +31,7 @@ class FrameResNet(nn.Module):
         classifier = resnet.get_submodule("fc")
         assert isinstance(classifier, nn.Linear)
         self.channels = classifier.in_features
+        self.architecture: dict[str, Any] = {"depth": depth}
 
     def forward(self, frames: Tensor) -> dict[str, Tensor]:
         """Embed clips: (B, 3, F, H, W) float32 -> {"cube": (B, C, F, H/32, W/32)}, sizes rounded up."""
@@ -56,6 +57,6 @@ def build_tsn(config: BackboneConfig, sampling: SamplingConfig, *, depth: int) -
             weights.get_state_dict(progress=False, check_hash=True), Path(weights.url), dropped=("fc.",)
         )
 
-    module = FrameResNet(models.get_model(f"resnet{depth}", weights=None))
+    module = FrameResNet(models.get_model(f"resnet{depth}", weights=None), depth)
     load_weights(module, config, convert, pretrained)
     return module

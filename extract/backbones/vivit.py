@@ -31,7 +31,7 @@ class VivitOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     image_vit: str | None = None
-    """Directory of a transformers ViTModel to start from; weights may then be "none" or "pretrained"."""
+    """Directory of a transformers ViTModel to start from; weights must then be "pretrained", or a file of the whole network."""
     inflation: Literal["central", "mean"] = "central"
     """Patch kernel of an image ViT: all in the tubelet's central frame (the paper's better one), or spread evenly."""
     tubelet_size: tuple[int, int, int] | None = None
@@ -60,6 +60,7 @@ class Vivit(nn.Module):
         self.channels = int(vivit_config.hidden_size)
         self.preprocessing = preprocessing
         self.grid = token_grid(vivit_config)
+        self.architecture = architecture_of(vivit_config)
 
     def forward(self, frames: Tensor) -> dict[str, Tensor]:
         """Embed clips: (B, 3, F, H, W) float32 -> {"cube": (B, C, T', H', W')}."""
@@ -67,6 +68,25 @@ class Vivit(nn.Module):
             :, 1:
         ]  # (B, T' H' W', C), without the class token
         return {"cube": tokens.transpose(1, 2).reshape(len(tokens), self.channels, *self.grid)}
+
+
+def architecture_of(vivit_config: Any) -> dict[str, Any]:
+    """What the configuration decides in evaluation mode; dropout and the spread of initial weights play no part."""
+    size = vivit_config.image_size
+    names = (*SIZES, "hidden_act", "num_channels")
+    return {
+        **{name: getattr(vivit_config, name) for name in names},
+        # The library reads this one so, although it is no field of the configuration.
+        "head_dim": int(
+            getattr(vivit_config, "head_dim", vivit_config.hidden_size // vivit_config.num_attention_heads)
+        ),
+        "layer_norm_eps": float(vivit_config.layer_norm_eps),
+        "qkv_bias": bool(vivit_config.qkv_bias),
+        "tubelet_size": [int(length) for length in vivit_config.tubelet_size],
+        "num_frames": int(vivit_config.num_frames),
+        "image_size": [size, size] if isinstance(size, int) else list(size),
+        "class_token": "attended, then dropped",
+    }
 
 
 def token_grid(vivit_config: Any) -> tuple[int, int, int]:
@@ -238,6 +258,11 @@ def build_vivit(config: BackboneConfig, sampling: SamplingConfig) -> nn.Module:
     if options.image_vit is None:
         module = _from_options(options, sampling)
     else:
+        if random_seed(config.weights) is not None:
+            raise BackboneError(
+                f"vivit's weights {config.weights!r} and image_vit {options.image_vit} exclude each other. "
+                'Allowed with image_vit: weights "pretrained". For random weights leave out image_vit'
+            )
         module = _from_image_vit(Path(options.image_vit), options, sampling)
         if config.weights == "pretrained":
             return module

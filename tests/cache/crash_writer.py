@@ -9,9 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from contracts.store_examples import VIDEO_IDS, commit_example, example_spec  # noqa: E402
-
 from cache.zarr_store import ZarrStore  # noqa: E402
+from contracts.store_examples import VIDEO_IDS, commit_example, example_spec  # noqa: E402
 
 
 def main() -> None:

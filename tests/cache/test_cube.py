@@ -3,9 +3,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from contracts.store_examples import CUBE, example_spec
 
 from cache.cube import ArraySpec, Spec, canonical_json
+from contracts.store_examples import CUBE, example_spec
 
 
 def test_spec_survives_a_trip_through_json() -> None:

@@ -1,16 +1,17 @@
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from contracts.store_examples import VIDEO_IDS, example_spec, fill
 from pydantic import ValidationError
 
 from cache.config import StoreConfig
 from cache.open import open_store
 from cache.store import MemoryStore, SpecMismatch, StoreError
 from cache.zarr_store import ZarrStore
+from contracts.store_examples import VIDEO_IDS, example_spec, fill
 
 ROOT = Path(__file__).parents[2]
 CHANGED = example_spec(
@@ -59,6 +60,34 @@ def test_spec_mismatch_lists_every_differing_field_and_the_way_out(tmp_path: Pat
     assert 'sampling.resize.crop: store "centre", wanted "random"' in message
     assert "policy" not in message
     assert "another folder" in message
+
+
+def test_store_of_another_spec_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "S.zarr"
+    with open_store(path, spec=example_spec(), mode="a", shard_rows=4) as store:
+        fill(store, VIDEO_IDS, [0])
+    ledger = next((path / "ledger").glob("*.jsonl"))
+    ledger.write_bytes(ledger.read_bytes() + b'{"crc32":"0')
+    (path / "ledger" / "lock").unlink()
+    (path / "cube" / "c.9.x.partial").write_bytes(b"litter")
+    abandoned = tmp_path / "S.zarr.0123abcd.partial"
+    abandoned.mkdir()
+    os.utime(abandoned, (0, 0))
+
+    def everything() -> dict[Path, tuple[int, bytes]]:
+        return {
+            entry: (entry.stat().st_mtime_ns, entry.read_bytes() if entry.is_file() else b"")
+            for entry in tmp_path.rglob("*")
+        }
+
+    before = everything()
+    with pytest.raises(SpecMismatch):
+        open_store(path, spec=CHANGED, mode="a")
+    assert everything() == before
+    # With its own spec all of it is cleared.
+    open_store(path, spec=example_spec(), mode="a").close()
+    assert not ledger.read_bytes().endswith(b'{"crc32":"0')
+    assert list(tmp_path.rglob("*.partial")) == []
 
 
 def test_paths_that_hold_no_store_are_refused_in_one_line(tmp_path: Path) -> None:

@@ -2,11 +2,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from contracts.store_contract import StoreContract, StoreFactory
 
 from cache.cube import Spec
 from cache.open import STORES, open_store
 from cache.store import FeatureStore
+from contracts.store_contract import StoreContract, StoreFactory
 
 
 @dataclass

@@ -6,6 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from cache.open import open_store
+from cache.rows import RowDamaged
+from cache.store import FeatureStore, StoreError
+from cache.zarr_store import ZarrStore
 from contracts.store_examples import (
     CUBE,
     VIDEO_IDS,
@@ -14,11 +19,6 @@ from contracts.store_examples import (
     expected_hash,
     fill,
 )
-
-from cache.open import open_store
-from cache.rows import RowDamaged
-from cache.store import FeatureStore, StoreError
-from cache.zarr_store import ZarrStore
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -6,6 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+
+from cache.cube import canonical_json
+from cache.durable import fsync_path
+from cache.ledger import Ledger, checksum
+from cache.open import open_store
+from cache.rows import ShardRecord
+from cache.store import RowKey, RowOutcome, StoreError
+from cache.zarr_store import ZarrStore
 from contracts.store_examples import (
     CUBE,
     OK,
@@ -16,13 +25,6 @@ from contracts.store_examples import (
     expected_hash,
     fill,
 )
-
-from cache.durable import fsync_path
-from cache.ledger import Ledger
-from cache.open import open_store
-from cache.rows import ShardRecord
-from cache.store import RowKey, StoreError
-from cache.zarr_store import ZarrStore
 
 ROOT = Path(__file__).parents[2]
 
@@ -209,6 +211,22 @@ def test_failed_ledger_write_leaves_the_shard_pending_and_the_store_usable(
         fill(store, VIDEO_IDS, [0])
     with ZarrStore(path) as store:
         assert store.pending() == []
+        assert store.content_hash() == expected_hash(store.spec, store.rows())
+
+
+def test_ledger_that_names_no_sources_is_read(path: Path) -> None:
+    ledger = next((path / "ledger").glob("*.jsonl"))
+    lines = []
+    for line in ledger.read_bytes().splitlines():
+        record = json.loads(line)["record"]
+        for row in record["rows"]:
+            assert row.pop("source") is None
+        text = canonical_json(record).encode("ascii")
+        lines.append(b'{"crc32":"' + checksum(text).encode("ascii") + b'","record":' + text + b"}\n")
+    ledger.write_bytes(b"".join(lines))
+    with ZarrStore(path, "a") as store:
+        assert store.outcome("short") == RowOutcome("degraded", "too_short", source=None)
+        fill(store, [*VIDEO_IDS, "new"], [0])
         assert store.content_hash() == expected_hash(store.spec, store.rows())
 
 

@@ -1,4 +1,4 @@
-"""What every backbone must hold. A test class inherits BackboneContract and gives it the two fixtures.
+"""What every backbone must hold. A test class inherits BackboneContract and gives it the four fixtures.
 
 The last network built is kept for the next test, since building a large one each time would take minutes; a test that
 changes something puts it back.
@@ -6,6 +6,7 @@ changes something puts it back.
 Letters: B clips; F frames; H W pixels; C channels, T time steps of a cube.
 """
 
+import json
 from functools import lru_cache
 from typing import Any
 
@@ -35,6 +36,14 @@ class BackboneContract:
         raise NotImplementedError("a test class gives the sampling")
 
     @pytest.fixture
+    def default_options(self) -> dict[str, Any]:
+        raise NotImplementedError("a test class gives the value of every option that `config` leaves out")
+
+    @pytest.fixture
+    def other_options(self) -> list[dict[str, Any]]:
+        raise NotImplementedError("a test class gives changes of options, each of which makes another architecture")
+
+    @pytest.fixture
     def backbone(self, config: BackboneConfig, sampling: SamplingConfig) -> Any:
         return _built(config.model_dump_json(), sampling)
 
@@ -57,6 +66,30 @@ class BackboneContract:
 
     def test_preprocessing_is_stated(self, backbone: Any) -> None:
         assert isinstance(backbone.preprocessing, Preprocessing)
+
+    def test_architecture_is_stated_in_json(self, backbone: Any) -> None:
+        assert backbone.architecture
+        assert json.loads(json.dumps(backbone.architecture, allow_nan=False)) == backbone.architecture
+
+    def test_architecture_holds_the_defaults_that_were_left_out(
+        self, backbone: Any, config: BackboneConfig, sampling: SamplingConfig, default_options: dict[str, Any]
+    ) -> None:
+        assert not set(default_options) & set(config.options)
+        spelt_out = config.model_copy(update={"options": {**default_options, **config.options}})
+        assert build_backbone(spelt_out, sampling).architecture == backbone.architecture
+
+    def test_architecture_tells_every_option_apart(
+        self, backbone: Any, config: BackboneConfig, sampling: SamplingConfig, other_options: list[dict[str, Any]]
+    ) -> None:
+        for change in other_options:
+            changed = config.model_copy(update={"options": {**config.options, **change}})
+            assert build_backbone(changed, sampling).architecture != backbone.architecture, change
+
+    def test_architecture_leaves_out_the_weights(
+        self, backbone: Any, config: BackboneConfig, sampling: SamplingConfig
+    ) -> None:
+        other = build_backbone(config.model_copy(update={"weights": "random:12345"}), sampling)
+        assert other.architecture == backbone.architecture
 
     def test_backbone_comes_in_evaluation_mode(self, backbone: Any) -> None:
         assert isinstance(backbone, nn.Module)

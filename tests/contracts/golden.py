@@ -2,7 +2,7 @@
 
 The directory comes from the environment variable MASTAF_GOLDEN_DIR (default `tests/golden`), so that another set of
 arrays in the same format can be run. A family that is absent from a named directory is a skip; absent from
-`tests/golden` it is a failure.
+`tests/golden` it is a failure, and so is a named directory that does not exist or is empty.
 """
 
 import json
@@ -39,7 +39,7 @@ def family(prefix: str, suffix: str = ".npz") -> list[Path]:
         suffix: ending of the file names.
 
     Returns:
-        One path or more. An absent family skips the test (named directory) or fails it (`tests/golden`).
+        One path or more. An absent family skips the test (named directory) or fails it (`tests/golden`, or no directory).
     """
     files = _find(prefix, suffix)
     if not files:
@@ -127,6 +127,8 @@ def _find(prefix: str, suffix: str) -> list[Path]:
 def _report_absence(prefix: str, suffix: str) -> None:
     directory = golden_directory()
     message = f"no file {prefix}*{suffix} in {directory}"
+    if not directory.is_dir() or next(directory.iterdir(), None) is None:
+        pytest.fail(f"{message}: MASTAF_GOLDEN_DIR names no directory with golden arrays", pytrace=False)
     if directory.resolve() == DEFAULT_DIRECTORY.resolve():
         pytest.fail(f"{message}: the repository ships this family", pytrace=False)
     pytest.skip(f"{message} (MASTAF_GOLDEN_DIR): this family is not part of that set")

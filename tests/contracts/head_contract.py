@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contracts.head_cases import CASES, HeadCase, make_batch, make_head, part, total_loss
 
+from contracts.head_cases import CASES, HeadCase, make_batch, make_head, part, total_loss
 from episodes.head import HeadOutput
 from episodes.losses import combine
 

@@ -5,22 +5,11 @@ Letters: R rows of a shard; C channels, T time steps, H W grid.
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pytest
-from contracts.store_examples import (
-    CUBE,
-    OK,
-    VIDEO_IDS,
-    commit_example,
-    example_arrays,
-    example_outcome,
-    example_row,
-    example_spec,
-    expected_hash,
-    fill,
-)
 from numpy.typing import NDArray
 
 from cache.cube import Spec
@@ -34,6 +23,18 @@ from cache.store import (
     StoreError,
 )
 from cache.summary import failures, summarise
+from contracts.store_examples import (
+    CUBE,
+    OK,
+    VIDEO_IDS,
+    commit_example,
+    example_arrays,
+    example_outcome,
+    example_row,
+    example_spec,
+    expected_hash,
+    fill,
+)
 
 
 class StoreFactory(Protocol):
@@ -95,6 +96,35 @@ class StoreContract:
         assert store.outcome("broken") == RowOutcome("rejected", "not_a_video", "no stream in broken.mp4")
         with pytest.raises(RowRejected, match=r"'broken'.*not_a_video.*no stream"):
             store.read(["walk/b", "broken"], [0, 0])
+
+    def test_source_of_a_row_is_kept_whatever_its_status(self, store: FeatureStore, factory: StoreFactory) -> None:
+        outcomes = [
+            RowOutcome("ok", source="videos/walk b.mp4 [0.0, 2.5]"),
+            RowOutcome("degraded", "too_short", source="bytes\udcff.mp4"),
+            RowOutcome("rejected", "not_a_video", "no stream", "röhre.mp4"),
+            OK,
+        ]
+        store.plan(VIDEO_IDS[:4], [0])
+        (shard,) = store.pending()
+        store.commit(shard, example_arrays(shard, store.spec), outcomes)
+        with factory.reopen(store) as again:
+            assert [again.outcome(video_id) for video_id in VIDEO_IDS[:4]] == outcomes
+            assert again.outcome(VIDEO_IDS[3]) == RowOutcome("ok", source=None)
+
+    def test_source_is_no_part_of_the_content_hash(self, store: FeatureStore) -> None:
+        store.plan(VIDEO_IDS[:2], [0])
+        (shard,) = store.pending()
+        arrays = example_arrays(shard, store.spec)
+        store.commit(shard, arrays, [RowOutcome("ok", source="a.mp4"), RowOutcome("ok", source="b.mp4")])
+        assert store.content_hash() == expected_hash(store.spec, shard.rows)
+        with pytest.raises(StoreError, match="committed already, with other content or sources"):
+            store.commit(shard, arrays, [RowOutcome("ok", source="a.mp4"), RowOutcome("ok", source="c.mp4")])
+
+    def test_source_is_a_text_or_absent(self) -> None:
+        for source in ("", Path("a.mp4")):
+            # A caller without types may give a path.
+            with pytest.raises(StoreError, match=r"source .*expected a text"):
+                RowOutcome("ok", source=source)  # type: ignore[arg-type]
 
     def test_degraded_row_is_read_and_marked(self, store: FeatureStore) -> None:
         fill(store, VIDEO_IDS, [0])

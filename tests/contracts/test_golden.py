@@ -1,12 +1,16 @@
 """The golden helper: absent families, tolerances, and that a comparison can fail."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
 from contracts import golden
+from contracts.compared import Compared
 
 
 @pytest.fixture
@@ -42,6 +46,21 @@ def test_absent_family_fails_in_the_repository_and_skips_in_a_named_directory(
         golden.family("absent_")
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_named_directory_that_is_absent_or_empty_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    directory = tmp_path / "goldne"
+    if exists:
+        directory.mkdir()
+    monkeypatch.setenv("MASTAF_GOLDEN_DIR", str(directory))
+    with pytest.raises(pytest.fail.Exception, match=r"goldne.*names no directory with golden arrays"):
+        golden.family("mastaf_head_")
+    (case,) = golden.each_file("mastaf_head_").args[1]
+    with pytest.raises(pytest.fail.Exception, match="names no directory with golden arrays"):
+        golden.load(case)
+
+
 def test_every_file_of_a_family_is_found(named_directory: Path) -> None:
     assert golden.family("some_family_") == [named_directory / "some_family_a.npz"]
 
@@ -53,6 +72,32 @@ def test_tolerance_is_the_default_or_ten_times_the_measured_error(named_director
     assert golden.tolerance("another.npz", "out/x", 1e-5) == 1e-5
     (named_directory / "tolerances.json").unlink()
     assert golden.tolerance("some_family_a.npz", "out/x", 1e-5) == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "is_allowed"),
+    [("mastaf_paper_new.npz", 0.999, True), ("mastaf_paper_saturated.npz", 0.96, False)],
+    ids=["saturated", "not saturated"],
+)
+def test_gradients_are_compared_loosely_where_the_attention_is_saturated(
+    named_directory: Path, name: str, attention: float, is_allowed: bool
+) -> None:
+    arrays: dict[str, Any] = {
+        "out/A_self_query": np.array([1.0 - attention, attention]),
+        "out/P": np.array([1.0]),
+        "grad/f_delta_weight": np.array([1.0]),
+        "grad/query": np.array([1.0]),
+    }
+    np.savez(named_directory / name, **arrays)
+    file = Compared(named_directory / name, torch.float32)
+    wrong, far = torch.tensor([1.02]), torch.tensor([1.06])
+    with contextlib.nullcontext() if is_allowed else pytest.raises(AssertionError):
+        file.matches("grad/f_delta_weight", wrong)
+    for array, found in (("grad/f_delta_weight", far), ("grad/query", wrong)):
+        with pytest.raises(AssertionError):
+            file.matches(array, found)
+    with pytest.raises(AssertionError):
+        Compared(named_directory / name, torch.float64).matches("grad/f_delta_weight", wrong)
 
 
 def test_comparison_fails_beyond_the_tolerance(named_directory: Path) -> None:

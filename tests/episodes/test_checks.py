@@ -1,6 +1,8 @@
 """What `dataset check` finds, and what training refuses."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,19 @@ def test_same_id_with_another_ending_is_one_video(tmp_path: Path) -> None:
         refuse_overlap(manifest)
 
 
+def test_same_id_with_another_ending_in_one_split_is_told_once(tmp_path: Path) -> None:
+    videos = [Video(f"a.{ending}", f"a.{ending}", "walk", "train") for ending in ("avi", "mp4")]
+    manifest = make(
+        tmp_path, *videos, Video("b.c", "b.c.mp4", "walk", "train"), Video("b.d", "b.d.mp4", "walk", "train")
+    )
+    (duplicate,) = check_manifest(manifest).duplicates
+    assert (duplicate.path, duplicate.video_ids) == ("a.mp4", ("a.avi", "a.mp4"))
+    refuse_overlap(manifest)
+    (tmp_path / "a.mp4").unlink()
+    (tmp_path / "a.mp4").symlink_to(tmp_path / "a.avi")
+    assert len(check_manifest(manifest).duplicates) == 1
+
+
 def test_equal_file_names_in_different_folders_are_different_videos(tmp_path: Path) -> None:
     refuse_overlap(make(tmp_path, Video("a/1", "a/1.mp4", "a", "train"), Video("b/1", "b/1.mp4", "b", "test")))
 
@@ -118,6 +133,40 @@ def test_classes_that_differ_in_spelling_only_are_told(tmp_path: Path) -> None:
     names = ("brush_hair", "Brush Hair", "walk")
     manifest = make(tmp_path, *(Video(name, f"{name}.mp4", name, "train") for name in names))
     assert check_manifest(manifest).similar_classes == (("Brush Hair", "brush_hair"),)
+
+
+def test_class_in_two_splits_under_two_spellings_is_refused(tmp_path: Path) -> None:
+    classes = [("brush_hair", "train"), ("Brush Hair", "test"), ("Brush_Hair", "test"), ("walk", "train")]
+    manifest = make(tmp_path, *(Video(name, f"{name}.mp4", name, split) for name, split in classes))
+    check = check_manifest(manifest)
+    (overlap,) = check.overlaps
+    assert (overlap.kind, overlap.splits) == ("class", ("train", "test"))
+    assert overlap.name == "brush_hair / Brush Hair / Brush_Hair"
+    assert check.similar_classes == (("Brush Hair", "Brush_Hair"),)
+    with pytest.raises(OverlapError, match=r"class 'brush_hair / Brush Hair / Brush_Hair' in train, test"):
+        refuse_overlap(manifest)
+    refuse_overlap(manifest, allow=True)
+
+
+def test_similar_classes_of_one_split_are_not_refused(tmp_path: Path) -> None:
+    classes = [("brush_hair", "train"), ("Brush Hair", "train"), ("brush hairs", "test")]
+    manifest = make(tmp_path, *(Video(name, f"{name}.mp4", name, split) for name, split in classes))
+    assert check_manifest(manifest).overlaps == ()
+    refuse_overlap(manifest)
+
+
+def test_file_below_an_unreadable_folder_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = make(tmp_path, Video("a", "closed/a.mp4", "walk", "train"), Video("b", "open/b.mp4", "walk", "train"))
+    stat = Path.stat
+
+    # The rights of a folder do not bind a test that is run by root.
+    def guarded(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        if "closed" in path.parent.parts:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, follow_symlinks=follow_symlinks)
+
+    monkeypatch.setattr(Path, "stat", guarded)
+    assert check_manifest(manifest).missing == ("a",)
 
 
 def test_known_data_set_is_compared_with_its_published_sizes(tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 from contracts.head_cases import CASES
 from contracts.head_contract import HeadContract
-
 from episodes.build import HEADS
 from episodes.head import HeadOutput
 

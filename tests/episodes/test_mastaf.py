@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from contracts.head_cases import make_batch, mastaf_head
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from contracts.head_cases import make_batch, mastaf_head
 from episodes.batch import EpisodeBatch
 from episodes.heads.mastaf import USES, MastafHead
 from episodes.heads.mastaf_attention import MetaLearner
@@ -167,11 +167,21 @@ def test_query_attention_does_not_touch_the_training_logits() -> None:
 def test_query_self_map_has_no_gradient_in_the_total_loss() -> None:
     head, batch = mastaf_head(share_cam=False).train(), make_batch()
     cubes = head.cubes(batch)
-    own = head.branches(cubes, head.relations(cubes))[1]
-    output = head(batch)
-    for term in output.losses.values():
-        (gradient,) = torch.autograd.grad(term.sum(), [own.query_weights], allow_unused=True, retain_graph=True)
-        assert gradient is None
+    cross, own = branches = head.branches(cubes, head.relations(cubes))
+    losses = head._losses(batch, cubes, branches)
+    assert set(losses) == {"few_shot", "global"}
+
+    def moves(term: str, weights: Tensor) -> bool:
+        (gradient,) = torch.autograd.grad(losses[term].sum(), [weights], allow_unused=True, retain_graph=True)
+        return gradient is not None and bool(gradient.any())
+
+    assert not moves("few_shot", own.query_weights)
+    assert not moves("global", own.query_weights)
+    # What does learn, so that the absence above is not that of the whole graph.
+    assert moves("few_shot", own.prototype_weights)
+    assert moves("few_shot", cross.prototype_weights)
+    assert moves("global", cross.query_weights)
+    assert not moves("few_shot", cross.query_weights)
 
 
 def test_reference_loss_is_half_the_loss_with_the_papers_weights() -> None:

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from contracts.head_cases import make_batch, mastaf_head, part
 
+from contracts.head_cases import make_batch, mastaf_head, part
 from episodes.heads.mastaf import MastafHead
 from episodes.heads.mastaf_attention import BatchMoments, EpisodeBatchNorm, MetaLearner
 

@@ -5,12 +5,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from contracts.head_cases import HeadCase, make_batch, make_head, mastaf_head
+from torch import Tensor
 
+from contracts.head_cases import HeadCase, make_batch, make_head, mastaf_head
 from episodes.batch import EpisodeBatch
-from episodes.build import build_head
+from episodes.build import HEADS, build_head, head_config
 from episodes.heads.mastaf import MastafHead
 from episodes.heads.mastaf_attention import MetaLearner
+from episodes.heads.mastaf_config import MastafConfig
+from episodes.heads.mastaf_scores import pooled_cosine
+
+AnyOptions = dict[str, Any]
 
 
 def test_neighbor_is_the_cosine_of_averages() -> None:
@@ -24,6 +29,75 @@ def test_neighbor_is_the_cosine_of_averages() -> None:
     )
     means = batch.query.mean(dim=(-1, -2, -3))[:, :, None], prototypes.mean(dim=(-1, -2, -3))[:, None]
     torch.testing.assert_close(head(batch).logits, 7.0 * F.cosine_similarity(*means, dim=-1))
+
+
+OTHER_VALUES: AnyOptions = {
+    "average_time": True,
+    "normalize_corr": False,
+    "kernel_reduce": "sum",
+    "meta_learner": False,
+    "hidden": 4,
+    "tau": 0.1,
+    "meta_bn": "none",
+    "meta_bn_query": False,
+    "share_cam": False,
+    "residual": False,
+    "attention_gain": 3.0,
+    "scale": 2.0,
+    "train_similarity": "pooled",
+    "eval_similarity": "whole_cube",
+    "fusion": "prob_mean",
+    "alpha": 0.4,
+    "global_classifier": False,
+    "global_input": "support_cross",
+    "global_pooling": "averaged",
+    "lambda_global": 3.0,
+    "lambda_few": 3.0,
+}
+"""Every option but the preset and the branches, with a value that is not its default."""
+
+
+def numbers_of(name: str, options: AnyOptions) -> list[Tensor]:
+    """Scores, losses and their weights, in evaluation and in training, whether or not the builder refuses the options."""
+    config = MastafConfig(**HEADS[name].fixed, **options)
+    head = MastafHead(config, (8, 2, 3, 2), 11, generator=torch.Generator().manual_seed(2)).double()
+    batch = make_batch()
+    outputs = [head.train(training)(batch) for training in (False, True)]
+    losses = [outputs[1].losses[term] * weight for term, weight in head.loss_weights.items()]
+    return [*(output.logits for output in outputs), *losses]
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("option", OTHER_VALUES)
+def test_an_option_is_refused_if_and_only_if_it_changes_no_number(name: str, option: str) -> None:
+    assert set(OTHER_VALUES) == set(MastafConfig.model_fields) - {"preset", "self_attention", "cross_attention"}
+    options = {option: OTHER_VALUES[option]}
+    if option == "global_input" and name in ("neighbor", "self"):
+        with pytest.raises(ValueError, match="needs cross_attention"):
+            head_config(name, options)
+        return
+    before, after = numbers_of(name, {}), numbers_of(name, options)
+    if len(before) == len(after) and all(torch.equal(*pair) for pair in zip(before, after, strict=True)):
+        with pytest.raises(ValueError, match=f"{option} = .* has no effect"):
+            head_config(name, options)
+    else:
+        assert getattr(head_config(name, options), option) == OTHER_VALUES[option]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("fusion", ["logit_sum", "prob_mean"])
+def test_a_branch_alone_has_weight_one_whatever_alpha_is(fusion: Any, alpha: float) -> None:
+    batch = make_batch()
+    for is_self in (True, False):
+        config = MastafConfig(self_attention=is_self, cross_attention=not is_self, alpha=alpha, fusion=fusion)
+        head = MastafHead(config, (8, 2, 3, 2), generator=torch.Generator().manual_seed(2)).double().eval()
+        cubes = head.cubes(batch)
+        (branch,) = head.branches(cubes, head.relations(cubes))
+        expected = 7.0 * pooled_cosine(cubes, branch)
+        if fusion == "prob_mean":
+            expected = expected.log_softmax(dim=-1)
+        assert branch.share == 1.0
+        torch.testing.assert_close(head(batch).logits, expected, rtol=0.0, atol=1e-12)
 
 
 def test_fusion_of_both_branches_is_the_sum_of_the_single_ones() -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contracts import golden
-from contracts.compared import Compared, both_precisions, head_batch
 from torch import Tensor
 
+from contracts import golden
+from contracts.compared import Compared, both_precisions, head_batch
 from episodes.batch import EpisodeBatch
 from episodes.heads.mastaf import USES, MastafHead
 from episodes.heads.mastaf_attention import MetaLearner

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contracts import golden
-from contracts.compared import Compared, both_modes, both_precisions, head_batch
 from torch import Tensor
 
+from contracts import golden
+from contracts.compared import Compared, both_modes, both_precisions, head_batch
+from contracts.head_cases import make_batch, mastaf_head
 from episodes.batch import EpisodeBatch
 from episodes.heads.mastaf import MastafHead
 from episodes.heads.mastaf_attention import Kernel, MetaLearner, Relation, RelationRule, cross_relation, self_relation
@@ -109,6 +110,7 @@ def released_head(file: Compared, batch: EpisodeBatch, mode: str, **options: Any
 
 
 def published_gradients(head: MastafHead, batch: EpisodeBatch) -> dict[str, Tensor]:
+    """By the published names; zero for what the loss does not use (with one class, the batch normalisation)."""
     assert isinstance(head.cam, MetaLearner)
     assert head.cam.norm is not None
     assert head.classifier is not None
@@ -122,7 +124,22 @@ def published_gradients(head: MastafHead, batch: EpisodeBatch) -> dict[str, Tens
         f"{layer}.{kind}": getattr(module, kind) for layer, module in layers.items() for kind in ("weight", "bias")
     }
     tensors = {**owners, "support": batch.support, "query": batch.query}
-    return {name: tensor.grad for name, tensor in tensors.items() if tensor.grad is not None}
+    return {name: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for name, tensor in tensors.items()}
+
+
+def test_with_one_class_the_unused_normalisation_has_a_zero_gradient() -> None:
+    batch = make_batch(n_way=1, n_query=3, num_episodes=1)
+    batch.support.requires_grad_()
+    batch.query.requires_grad_()
+    head = mastaf_head().train()
+    torch.autograd.backward(combine(head(batch).losses, head.loss_weights, "mean").sum())
+    gradients = published_gradients(head, batch)
+    assert {name for name, gradient in gradients.items() if not gradient.any()} >= {
+        "cam.conv1.bn.weight",
+        "cam.conv1.bn.bias",
+    }
+    assert gradients["classifier.weight"].any()
+    assert gradients["query"].any()
 
 
 @golden.each_file("mastaf_head_")

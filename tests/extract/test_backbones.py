@@ -1,14 +1,15 @@
 """The contract over every backbone, and torchvision's networks against torchvision itself."""
 
+import json
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 import torch
-from contracts.backbone_contract import BackboneContract
 from torch import nn
 
+from contracts.backbone_contract import BackboneContract
 from extract.backbones.small3d import Small3DOptions
 from extract.build import BACKBONES, build_backbone
 from extract.config import BackboneConfig, SamplingConfig
@@ -17,6 +18,20 @@ SAMPLING = SamplingConfig(num_frames=8, resize_size=32, crop_size=32)
 SMALL_OPTIONS: dict[str, dict[str, Any]] = {
     "vivit": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48},
     "small3d": {"width": 8},
+}
+DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {
+    "vivit": {"tubelet_size": (2, 16, 16), "inflation": "central", "min_frames": 8},
+    "small3d": {"depth": 1, "subtract_mean": False},
+}
+OTHER_OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "vivit": [
+        {"hidden_size": 36},
+        {"num_hidden_layers": 1},
+        {"num_attention_heads": 4},
+        {"intermediate_size": 40},
+        {"tubelet_size": (4, 16, 16)},
+    ],
+    "small3d": [{"width": 12}, {"depth": 2}, {"subtract_mean": True}],
 }
 TORCHVISION_VIDEO = ["r3d_18", "mc3_18", "r2plus1d_18"]
 
@@ -30,6 +45,27 @@ class TestEveryBackbone(BackboneContract):
     @pytest.fixture
     def sampling(self) -> SamplingConfig:
         return SAMPLING
+
+    @pytest.fixture
+    def default_options(self, name: str) -> dict[str, Any]:
+        return DEFAULT_OPTIONS.get(name, {})
+
+    @pytest.fixture
+    def other_options(self, name: str) -> list[dict[str, Any]]:
+        return OTHER_OPTIONS.get(name, [])
+
+
+def test_no_two_backbones_state_the_same_architecture_within_a_family() -> None:
+    stated: dict[str, str] = {}
+    with torch.device("meta"):
+        for name in BACKBONES:
+            module: Any = build_backbone(BackboneConfig(name=name, options=SMALL_OPTIONS.get(name, {})), SAMPLING)
+            stated[name] = f"{type(module).__name__} {json.dumps(module.architecture, sort_keys=True)}"
+    assert len(set(stated.values())) == len(BACKBONES), stated
+    assert stated["r3d50"] == 'R3D {"depth": 50, "shortcut": "B"}'
+    assert stated["tsn_resnet50"] == 'FrameResNet {"depth": 50}'
+    assert stated["tv_mc3_18"] == 'VideoTrunk {"model": "mc3_18"}'
+    assert stated["small3d"] == 'Small3D {"depth": 1, "subtract_mean": false, "width": 8}'
 
 
 def give_random_statistics(network: nn.Module, seed: int) -> None:
@@ -90,7 +126,7 @@ def test_tsn_keeps_every_frame_at_224() -> None:
 
         from extract.backbones.tsn import FrameResNet
 
-        backbone = FrameResNet(models.get_model("resnet50", weights=None))
+        backbone = FrameResNet(models.get_model("resnet50", weights=None), 50)
         assert backbone(torch.empty(2, 3, 8, 224, 224))["cube"].shape == (2, 2048, 8, 7, 7)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from contracts.golden import each_file, family
 
+from contracts.golden import each_file, family
 from extract.clips import (
     POLICIES,
     VideoTooShortError,
@@ -24,6 +24,10 @@ from extract.clips import (
     view_generator,
 )
 from extract.config import SamplingConfig
+
+# Written down once: another machine or version must draw the same.
+GOLDEN_INTEGERS = [2, -1, 3589574338689127788]
+GOLDEN_SHARES = [0.6879293653386611, 0.800967435909638]
 
 
 class CornerDraws:
@@ -207,9 +211,31 @@ def test_draws_depend_on_seed_video_and_view_alone() -> None:
         first(12, "a", 2),
     ]
     assert len(set(others)) == len(others)
-    # Written down once: another machine or version must draw the same.
-    assert first(0, "video", 1) == 3505869212028312965
+    draws = view_generator(0, "video", 1)
+    assert [draws.integers(0, 10), draws.integers(-3, 3), draws.integers(0, 2**62)] == GOLDEN_INTEGERS
+    assert [draws.random(), draws.random()] == GOLDEN_SHARES
     assert first(0, "odd\udcff name", 0) >= 0
+
+
+def test_words_that_would_favour_small_numbers_are_drawn_again() -> None:
+    draws = view_generator(0, "video", 1)
+    words = iter([2**64 - 1, 2**64 - 6, 17])  # 2**64 is 6 modulo 10, so the last six words are one round too many
+    draws._word = lambda: next(words)  # type: ignore[method-assign]
+    assert draws.integers(5, 15) == 5 + 7
+    assert next(words, None) is None
+
+
+def test_draws_are_even_and_stay_inside() -> None:
+    draws = view_generator(3, "video", 2)
+    counts = np.bincount([draws.integers(0, 6) for _ in range(12_000)], minlength=6)
+    assert counts.shape == (6,)
+    assert (np.abs(counts - 2000) < 210).all()  # five standard deviations are 204
+    shares = np.array([draws.random() for _ in range(12_000)])
+    assert shares.min() >= 0
+    assert shares.max() < 1
+    assert abs(shares.mean() - 0.5) < 0.0132  # five standard deviations
+    with pytest.raises(ValueError, match=r"a draw from \[3, 3\)"):
+        draws.integers(3, 3)
 
 
 def test_global_random_state_is_neither_read_nor_changed() -> None:

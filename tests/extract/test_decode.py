@@ -15,6 +15,7 @@ from PIL import Image
 from extract import container
 from extract.config import SamplingConfig
 from extract.decode import VideoSource, VideoTooShortError, ViewClips, read_views
+from extract.folder import FrameFolderReader
 
 WriteVideo = Callable[..., Path]
 
@@ -49,6 +50,10 @@ FILES: dict[str, dict[str, Any]] = {
     "vp8.webm": {"codec": "libvpx"},
     "wmv.wmv": {"codec": "wmv2"},
     "flash.flv": {"codec": "flv"},
+    "variable.flv": {"codec": "flv", "times_ms": VARIABLE_TIMES},
+    "variable.wmv": {"codec": "wmv2", "times_ms": VARIABLE_TIMES},
+    "fragmented.mp4": {"container_options": {"movflags": "+frag_keyframe+empty_moov"}},
+    "live.mkv": {"container_options": {"live": "1"}},
     "raw.h264": {"codec": "libx264"},
     "mpeg.mpg": {"codec": "mpeg2video"},
     "animated.gif": {"codec": "gif", "pixel_format": "rgb8"},
@@ -200,6 +205,35 @@ def test_frame_files_are_sorted_by_name_and_grey_or_jpeg_ones_are_fine(tmp_path:
         Image.new("L", (40, 40), grey).save(tmp_path / name)
     result = read(tmp_path, SamplingConfig(num_frames=3, resize_size=32, crop_size=32))
     assert result.clips.mean((0, 2, 3, 4)).round().tolist() == [50, 100, 150]
+
+
+def paint_frames(folder: Path, greys: dict[str, int]) -> Path:
+    folder.mkdir()
+    for name, grey in greys.items():
+        Image.new("L", (40, 40), grey).save(folder / name)
+    return folder
+
+
+def greys_of(folder: Path, num_frames: int) -> list[int]:
+    clips = read(folder, SamplingConfig(num_frames=num_frames, resize_size=32, crop_size=32)).clips
+    greys: list[int] = clips.mean((0, 2, 3, 4)).round().astype(int).tolist()
+    return greys
+
+
+@pytest.mark.parametrize("pattern", ["{}.png", "img_{}.png", "clip7_{}_x.png", "{:05d}.png", "image_{:05d}.png"])
+def test_frames_are_in_the_order_of_their_numbers_padded_or_not(pattern: str, tmp_path: Path) -> None:
+    names = {pattern.format(number): 10 * number for number in range(1, 13)}
+    folder = paint_frames(tmp_path / "frames", names)
+    assert greys_of(folder, 12) == list(range(10, 130, 10))
+    if "05d" in pattern:
+        found = [file.name for file in FrameFolderReader(folder).files()]
+        assert found == sorted(found) == list(names)  # the published order
+
+
+def test_frames_of_one_number_are_in_the_order_of_their_names(tmp_path: Path) -> None:
+    greys = {"01.png": 10, "1.jpg": 40, "1.png": 70, "2.png": 100}
+    folder = paint_frames(tmp_path / "frames", greys)
+    assert [file.name for file in FrameFolderReader(folder).files()] == ["1.jpg", "01.png", "1.png", "2.png"]
 
 
 def test_size_change_in_mid_stream_is_resized_frame_by_frame(write_video: WriteVideo, tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from contracts.golden import DEFAULT_DIRECTORY, assert_matches, each_file, family, golden_directory, load
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from contracts.golden import DEFAULT_DIRECTORY, assert_matches, each_file, family, golden_directory, load
 from extract.backbones.r3d import R3D
 from extract.build import build_backbone
 from extract.config import BackboneConfig, SamplingConfig

@@ -7,6 +7,7 @@ from PIL import Image
 
 from extract.backbone import IMAGENET, KINETICS_HARA, Preprocessing
 from extract.config import SamplingConfig
+from extract.draws import ViewDraws
 from extract.transform import (
     CENTRE,
     CropPlace,
@@ -46,8 +47,8 @@ def test_centre_crop_rounds_half_to_even(length: int, expected: int) -> None:
 
 
 def test_random_crop_reaches_every_offset_equally() -> None:
-    shares = np.random.default_rng(0).random(20_000)
-    offsets = [crop_offset(228, 224, float(share)) for share in shares]
+    draws = ViewDraws(0, "video", 1)
+    offsets = [crop_offset(228, 224, draws.random()) for _ in range(20_000)]
     counts = np.bincount(offsets, minlength=5)
     assert counts.shape == (5,)
     assert (np.abs(counts - 4000) < 300).all()  # five standard deviations are 283
@@ -70,15 +71,15 @@ def test_flip_mirrors_the_crop() -> None:
 
 def test_view_zero_is_centred_and_never_mirrored() -> None:
     sampling = SamplingConfig(crop="random", flip=True, num_views=50)
-    assert draw_crop(sampling, 0, np.random.default_rng(0)) == CENTRE
-    places = [draw_crop(sampling, view, np.random.default_rng(view)) for view in range(1, 50)]
+    assert draw_crop(sampling, 0, ViewDraws(0, "video", 0)) == CENTRE
+    places = [draw_crop(sampling, view, ViewDraws(0, "video", view)) for view in range(1, 50)]
     assert len({place.across for place in places}) == 49
     assert 10 < sum(place.is_flipped for place in places) < 39
 
 
 def test_switching_one_knob_leaves_the_other_draws_alone() -> None:
     def place(**fields: object) -> CropPlace:
-        return draw_crop(SamplingConfig.model_validate({"num_views": 9, **fields}), 3, np.random.default_rng(5))
+        return draw_crop(SamplingConfig.model_validate({"num_views": 9, **fields}), 3, ViewDraws(0, "video", 3))
 
     both, no_flip = place(crop="random", flip=True), place(crop="random")
     assert (both.across, both.down) == (no_flip.across, no_flip.down)

@@ -150,7 +150,9 @@ def test_still_clip_through_an_inflated_network_equals_the_image_network(
 ) -> None:
     image_vit = save_image_vit(tmp_path)
     tubelet = (tubelet_frames, 16, 16)
-    backbone = build(sampling(), image_vit=str(tmp_path), inflation=inflation, tubelet_size=tubelet)
+    backbone = build(
+        sampling(), weights="pretrained", image_vit=str(tmp_path), inflation=inflation, tubelet_size=tubelet
+    )
     picture = random_clips(1)
     still = picture.expand(-1, -1, 8, -1, -1)
     with torch.inference_mode():
@@ -175,7 +177,52 @@ def test_image_network_of_another_size_is_interpolated(tmp_path: Path) -> None:
     backbone = build(sampling(8, 48), weights="pretrained", image_vit=str(tmp_path))
     with torch.inference_mode():
         assert backbone(random_clips())["cube"].shape == (2, 16, 4, 3, 3)
-    assert weights_digest(backbone) == weights_digest(build(sampling(8, 48), weights="none", image_vit=str(tmp_path)))
+
+
+def test_file_of_a_network_from_an_image_network_loads_again(tmp_path: Path) -> None:
+    save_image_vit(tmp_path)
+    backbone = build(sampling(), weights="pretrained", image_vit=str(tmp_path))
+    give_random_positions(backbone.model)
+    torch.save(backbone.state_dict(), tmp_path / "weights.pt")
+    again = build(sampling(), weights=str(tmp_path / "weights.pt"), image_vit=str(tmp_path))
+    assert weights_digest(again) == weights_digest(backbone)
+    assert again.architecture == backbone.architecture
+
+
+@pytest.mark.parametrize("weights", ["random:3", "none"])
+def test_random_weights_and_an_image_network_are_refused(weights: str, tmp_path: Path) -> None:
+    save_image_vit(tmp_path)
+    with pytest.raises(BackboneError, match=f"weights '{weights}' and image_vit .*Allowed.* \"pretrained\"") as caught:
+        build(sampling(), weights=weights, image_vit=str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_architecture_is_that_of_the_directory_at_the_size_in_use(tmp_path: Path) -> None:
+    save_vivit(tmp_path, 16, 64, hidden_act="relu", layer_norm_eps=1e-5, qkv_bias=False, hidden_dropout_prob=0.1)
+    assert build(sampling(8, 48), weights=str(tmp_path)).architecture == {
+        **SIZES,
+        "hidden_act": "relu",
+        "num_channels": 3,
+        "head_dim": 8,
+        "layer_norm_eps": 1e-5,
+        "qkv_bias": False,
+        "tubelet_size": [2, 16, 16],
+        "num_frames": 8,
+        "image_size": [48, 48],
+        "class_token": "attended, then dropped",
+    }
+
+
+def test_architecture_names_neither_the_directory_nor_the_inflation(tmp_path: Path) -> None:
+    stated = []
+    for folder, inflation in (("first", "central"), ("second", "mean")):
+        save_image_vit(tmp_path / folder)
+        backbone = build(
+            sampling(), weights="pretrained", image_vit=str(tmp_path / folder), inflation=inflation, min_frames=4
+        )
+        stated.append(backbone.architecture)
+    assert stated[0] == stated[1]
+    assert str(tmp_path) not in json.dumps(stated)
 
 
 def test_preprocessing_is_read_from_the_directory(tmp_path: Path) -> None:
@@ -231,7 +278,7 @@ def test_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"config\.json"):
         build(sampling(), weights=str(tmp_path))
     with pytest.raises(WeightsError, match=r"config\.json"):
-        build(sampling(), image_vit=str(tmp_path / "absent"))
+        build(sampling(), weights="pretrained", image_vit=str(tmp_path / "absent"))
 
 
 def test_directory_that_lacks_weights_is_refused(tmp_path: Path) -> None:

@@ -116,6 +116,56 @@ def test_enormous_expanded_tensor_is_refused_before_it_is_copied(trunk: nn.Modul
     assert "bn1.weight (17179869184,) instead of (64,)" in refusal(state, tmp_path / "bomb.pth")
 
 
+def test_numbers_that_are_not_finite_are_refused_and_the_first_is_named(trunk: nn.Module, tmp_path: Path) -> None:
+    before = weights_digest(trunk)
+    for number in (float("nan"), float("inf"), -float("inf")):
+        state = {key: value.clone() for key, value in trunk.state_dict().items()}
+        for key in ("layer1.0.conv1.weight", "bn1.running_var"):
+            state[key].view(-1)[-1] = number
+        with pytest.raises(WeightsError, match=r"file holds numbers that are not finite, first in bn1\.running_var;"):
+            copy_weights(trunk, state, "file")
+    assert weights_digest(trunk) == before
+    assert "first in layer4.1.bn2.bias" in refusal(
+        {**trunk.state_dict(), "layer4.1.bn2.bias": torch.full((32,), float("nan"))}, tmp_path / "diverged.pth"
+    )
+
+
+def test_number_that_overflows_the_type_of_the_network_is_refused() -> None:
+    module = nn.Linear(2, 1, bias=False)
+    copy_weights(module, {"weight": torch.tensor([[1e30, 2.0]], dtype=torch.float64)}, "file")
+    with pytest.raises(WeightsError, match="not finite, first in weight"):
+        copy_weights(module, {"weight": torch.tensor([[1e300, 2.0]], dtype=torch.float64)}, "file")
+
+
+def holder(name: str, value: Tensor) -> nn.Module:
+    module = nn.Module()
+    module.register_buffer(name, value)
+    return module
+
+
+def test_digest_holds_name_dtype_shape_and_bytes() -> None:
+    plain = holder("weight", torch.zeros(2, 3))
+    assert weights_digest(plain) == weights_digest(holder("weight", torch.zeros(2, 3)))
+    others = {
+        "name": holder("bias", torch.zeros(2, 3)),
+        "dtype": holder("weight", torch.zeros(2, 3, dtype=torch.int32)),  # the same 24 bytes
+        "shape": holder("weight", torch.zeros(3, 2)),
+        "number of axes": holder("weight", torch.zeros(6)),
+        "bytes": holder("weight", torch.ones(2, 3)),
+    }
+    for part, module in others.items():
+        assert weights_digest(module) != weights_digest(plain), part
+
+
+def test_digest_does_not_depend_on_the_order_of_the_entries_or_of_the_memory() -> None:
+    first, second = holder("a", torch.zeros(2)), holder("b", torch.ones(2))
+    first.register_buffer("b", torch.ones(2))
+    second.register_buffer("a", torch.zeros(2))
+    assert weights_digest(first) == weights_digest(second)
+    matrix = torch.arange(6.0).reshape(2, 3)
+    assert weights_digest(holder("a", matrix)) == weights_digest(holder("a", matrix.T.contiguous().T))
+
+
 class Payload:
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (Path("payload_ran"),))

@@ -1,6 +1,7 @@
 """Fixtures of the pipeline's tests."""
 
 import pytest
+
 from contracts.world import World, make_world
 
 

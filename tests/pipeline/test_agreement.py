@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from contracts.world import World
 from torch import nn
 
 from cache.store import MemoryStore
+from contracts.world import World
 from episodes.losses import combine
 from extract.build import build_backbone
 from pipeline.extraction import build_spec, extract_videos, video_sources

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from contracts.world import World
 
 from cache.store import MemoryStore
+from contracts.world import World
 from extract.build import build_backbone
 from pipeline.extraction import build_spec, extract_videos, video_sources
 from pipeline.scoring import evaluate_run, load_run

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pipeline.demo import ROWS, SHOTS, paired_difference, run_demo
-from pipeline.setup import SetupError
+from pipeline.settings import SetupError
 
 
 @pytest.mark.slow

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from contracts.world import World, make_world, write_clip
 
+from cache.cube import Spec
 from cache.open import open_store
 from cache.store import FeatureStore, MemoryStore, RowRejected, SpecMismatch
 from configs.schema import RunConfig
+from contracts.world import World, make_world, write_clip
 from extract.build import build_backbone
 from extract.clips import VideoTooShortError
-from pipeline.extraction import ExtractionReport, build_spec, extract_videos, video_sources
+from pipeline.extraction import ChangedInput, ExtractionReport, build_spec, extract_videos, video_sources
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +55,8 @@ def test_every_input_is_ok_degraded_or_rejected_with_a_reason(broken_world: Worl
     store = memory_store(config)
     report = extract_into(store, broken_world, config)
     assert report.num_videos == 21 == report.num_ok + report.num_degraded + report.num_rejected
+    again = extract_into(store, broken_world, config)
+    assert (again.num_skipped, again.num_rejected, again.problems) == (21, 3, report.problems)
     assert (report.num_ok, report.num_degraded, report.num_rejected) == (17, 1, 3)
     found = {video_id: (outcome.status, outcome.reason) for video_id, outcome in report.problems}
     assert found["down/1"] == ("degraded", "short_video")
@@ -84,7 +89,7 @@ def test_second_extraction_skips_what_is_stored(world: World, tmp_path: Path) ->
         second = extract_into(store, world, config)
         assert store.content_hash() == content
     assert (first.num_ok, first.num_skipped) == (28, 0)
-    assert (second.num_ok, second.num_skipped) == (0, 28)
+    assert (second.num_ok, second.num_skipped) == (28, 28)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +124,65 @@ def test_number_of_views_is_layout_and_the_store_grows_by_views(world: World) ->
     views = store.read(["right/0"] * 3, [0, 1, 2])
     assert not np.array_equal(views[0], views[1])
     assert not np.array_equal(views[1], views[2])
+
+
+def test_shards_of_another_manifest_are_left_alone_and_counted(world: World) -> None:
+    """A killed run has planned 28 videos; extracting eight of them must not reject the other twenty."""
+    config = world.config()
+    backbone = build_backbone(config.backbone, config.sampling)
+    store, sources = memory_store(config), list(video_sources(world.manifest).values())
+    store.plan([source.video_id for source in sources], [0])
+    few = extract_videos(store, sources[:10], backbone, config, CPU)
+    assert (few.num_ok, few.num_rejected, few.num_pending, few.num_rows_left) == (8, 0, 2, 20)
+    whole = extract_videos(store, sources, backbone, config, CPU)
+    assert (whole.num_ok, whole.num_rejected, whole.num_pending, whole.num_rows_left) == (28, 0, 0, 0)
+
+
+def test_stored_video_from_another_file_is_refused(world: World, tmp_path: Path) -> None:
+    config = world.config()
+    backbone = build_backbone(config.backbone, config.sampling)
+    store, sources = memory_store(config), list(video_sources(world.manifest).values())[:3]
+    extract_videos(store, sources, backbone, config, CPU)
+    moved = tmp_path / "moved.mp4"
+    moved.write_bytes(sources[0].path.read_bytes())
+    extract_videos(store, [replace(sources[0], path=moved), *sources[1:]], backbone, config, CPU)
+    with pytest.raises(ChangedInput, match="right/1"):
+        extract_videos(store, [sources[0], replace(sources[1], end_seconds=0.5)], backbone, config, CPU)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "sampling.num_frames=5", "sampling.policy=even", "sampling.axis=time", "sampling.short_policy=loop", "sampling.resize_size=30",
+        "sampling.crop_size=20", "sampling.crop=random", "sampling.flip=true", "sampling.normalization=unit", "sampling.seed=1",
+        "backbone.options.width=8", "backbone.weights=random:2", "extraction.forward_batch=8", "extraction.compute_dtype=bfloat16",
+        "store.dtype=float16",
+    ],
+)  # fmt: skip
+def test_fingerprint_feels_everything_that_decides_the_numbers(world: World, override: str) -> None:
+    assert memory_store(world.config()).spec.fingerprint != memory_store(world.config(override)).spec.fingerprint
+
+
+@pytest.mark.parametrize(
+    "override", ["sampling.num_views=3", "store.shard_rows=16", "store.compression=zstd", "backbone.options.depth=1"]
+)
+def test_fingerprint_does_not_feel_layout_or_a_stated_default(world: World, override: str) -> None:
+    assert memory_store(world.config()).spec.fingerprint == memory_store(world.config(override)).spec.fingerprint
+
+
+def test_fingerprint_covers_decoder_and_normalisation(world: World) -> None:
+    spec = memory_store(world.config()).spec
+    for part, key in (
+        ("decoder", "av"),
+        ("decoder", "avcodec"),
+        ("decoder", "pillow"),
+        ("backbone", "mean"),
+        ("backbone", "std"),
+    ):
+        changed = json.loads(json.dumps(spec.to_json()))
+        assert changed[part][key]
+        changed[part][key] = 0
+        assert Spec.from_json(changed).fingerprint != spec.fingerprint
 
 
 def test_fail_policy_stops_and_names_the_short_video(broken_world: World) -> None:

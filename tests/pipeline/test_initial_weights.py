@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from contracts.world import World
 from torch import Tensor, nn
 
 from configs.schema import RunConfig
+from contracts.world import World
 from episodes.build import build_head
 from extract.build import build_backbone
 from pipeline import training

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from contracts.world import World
 
 from cache.open import open_store
 from configs.load import to_toml
 from configs.schema import RunConfig
+from contracts.world import World
 from extract.build import build_backbone
 from pipeline import training
 from pipeline.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, write_file
@@ -26,7 +26,8 @@ from pipeline.evaluation import Accuracy, mean_and_interval
 from pipeline.extraction import build_spec, extract_videos, video_sources
 from pipeline.interrupts import Stopped
 from pipeline.scoring import evaluate_run, load_run
-from pipeline.setup import SetupError, make_sampler
+from pipeline.settings import SetupError
+from pipeline.setup import make_sampler
 from pipeline.sources import SourceError
 
 CPU = torch.device("cpu")
@@ -121,8 +122,10 @@ def test_resume_refuses_another_config_field_by_field(world: World, store_path: 
 def test_existing_run_is_never_overwritten(world: World, store_path: Path, tmp_path: Path) -> None:
     config = config_of(world, "cached", store_path, "training.episodes=0")
     training.train(config, tmp_path / "run", CPU)
-    with pytest.raises(SetupError, match="--resume"):
+    with pytest.raises(SetupError, match="finished run"):
         training.train(config, tmp_path / "run", CPU)
+    (tmp_path / "run/card.json").unlink()
+    training.train(config, tmp_path / "run", CPU)  # nothing was trained, so nothing is lost
 
 
 def test_micro_batches_give_the_gradients_of_the_whole_step(world: World, store_path: Path, tmp_path: Path) -> None:
@@ -157,7 +160,7 @@ def test_best_checkpoint_follows_validation_and_never_the_test_split(
     """Validation falls while test rises: the first checkpoint must win, and the test number keeps its label."""
     scores = {"val": iter([0.9, 0.8, 0.7, 0.6]), "test": iter([0.1, 0.2, 0.3, 0.95])}
 
-    def fake(_model: object, _source: object, sampler: Any, episodes: int, _device: object) -> Accuracy:
+    def fake(_model: object, _source: object, sampler: Any, episodes: int, *_rest: object) -> Accuracy:
         return Accuracy(next(scores[sampler.split]), 0.01, episodes, "hash", ())
 
     monkeypatch.setattr(training, "evaluate_model", fake)
