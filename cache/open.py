@@ -23,6 +23,8 @@ def store_kind(path: str | Path | None, kind: str | None) -> str:
         if path is None:
             raise StoreError("give the path of a store, such as cubes.zarr, or kind 'memory'")
         ending = Path(path).suffix
+        if ending not in ENDINGS and is_zarr_store(Path(path)):
+            return "zarr"
         if ending in (".h5", ".hdf5"):
             raise StoreError(f"store {path}: HDF5 comes with the next release: use .zarr")
         if ending not in ENDINGS:

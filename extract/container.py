@@ -198,7 +198,9 @@ def _survey(container: InputContainer, stream: VideoStream) -> _Survey:
 
 def _is_truncated(path: Path, container: InputContainer, stream: VideoStream, survey: _Survey) -> bool:
     is_cut = ends_early(path)
-    if is_cut or stream.frames > survey.num_packets:
+    # In AVI files a frame that is shown for long is followed by empty ones, and FFmpeg passes over the last of them.
+    mean_places = survey.num_packets / max(len(survey.times), 1) if container.format.name == "avi" else 1
+    if is_cut or stream.frames - survey.num_packets >= mean_places:
         return True
     if container.duration is None or not DECLARED_DURATIONS & set(container.format.name.split(",")):
         return False

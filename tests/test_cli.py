@@ -164,7 +164,8 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("cli"), 2)
 
 
-def test_strict_extraction_exits_with_3(small_world: World, tmp_path: Path) -> None:
+def test_strict_extraction_exits_with_3(tmp_path: Path) -> None:
+    small_world = make_world(tmp_path / "world", 2)
     (small_world.folder / "videos/jump/0.mp4").write_bytes(b"gone")
     done = mastaf(
         "extract", "--manifest", small_world.manifest_path, "--backbone", "small3d", "--weights", "none", "--store", tmp_path / "s.zarr",
@@ -180,6 +181,34 @@ def test_strict_extraction_exits_with_3(small_world: World, tmp_path: Path) -> N
     )  # fmt: skip
     assert "sampling.num_frames" in other
     assert "weights_digest" in other
+
+
+def test_end_to_end_run_is_extracted_again_and_scored_through_its_cubes(small_world: World, tmp_path: Path) -> None:
+    run, store = tmp_path / "run", tmp_path / "a store.zarr"
+    overrides = [
+        *SMALL,
+        f'data.manifest="{small_world.manifest_path}"',
+        "episodes.n_way=2",
+        "episodes.n_query=1",
+        "training.episodes=2",
+        "training.validate_every=2",
+        "training.validation_episodes=4",
+    ]
+    succeeded(
+        "train", "demo_end_to_end", "--out", run, *(word for override in overrides for word in ("--set", override))
+    )
+    succeeded("extract", "--from-run", run, "--store", store, "--set", "store.dtype=float32")
+    again = json.loads(
+        succeeded("extract", "--from-run", run, "--store", store, "--set", "store.dtype=float32", "--json").stdout
+    )
+    assert again["num_skipped"] == again["num_videos"] == 14
+    live, cached = (
+        json.loads(succeeded("evaluate", run, "--episodes", 20, "--json", *extra).stdout)
+        for extra in ([], ["--store", store])
+    )
+    assert live["accuracy"] == cached["accuracy"]
+    assert live["episode_hash"] == cached["episode_hash"]
+    assert live["store_fingerprint"] == cached["store_fingerprint"]
 
 
 @pytest.mark.parametrize(
@@ -211,6 +240,9 @@ def test_strict_extraction_exits_with_3(small_world: World, tmp_path: Path) -> N
             ["absent"],
         ),
         (["store", "info", "absent.zarr"], ["absent.zarr"]),
+        (["evaluate", "absent"], ["absent"]),
+        (["list", "nothing"], ["nothing", "backbones"]),
+        (["extract", "--backbone", "small3d", "--store", "s.zarr", "--store-kind", "memory"], ["memory"]),
         (["dataset", "splits", "ucf10", "--videos", ".", "--out", "x.csv"], ["ucf101"]),
     ],
 )

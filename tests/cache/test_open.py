@@ -149,3 +149,9 @@ def test_cache_room_loads_no_torch() -> None:
     modules = [f"cache.{file.stem}" for file in sorted((ROOT / "cache").glob("*.py")) if file.stem != "__init__"]
     code = f"import sys; import {', '.join(modules)}; assert not any(m.split('.')[0] == 'torch' for m in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_store_without_ending_is_known_by_its_content(tmp_path: Path) -> None:
+    open_store(tmp_path / "cubes", kind="zarr", spec=example_spec(), mode="a").close()
+    with open_store(tmp_path / "cubes") as store:
+        assert store.ids() == []

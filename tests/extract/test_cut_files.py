@@ -1,12 +1,14 @@
 """Files that end too early: known by their counts, their declared sizes or their durations, and no whole file is suspected."""
 
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 import pytest
+from av.video.stream import VideoStream
 
 from extract.config import SamplingConfig
 from extract.decode import VideoError, VideoSource, ViewClips, read_views
@@ -132,16 +134,38 @@ def test_fragments_with_frames_of_unequal_length_are_whole(write_video: WriteVid
     assert read(path).status == "ok"
 
 
-def test_avi_with_a_dropped_frame_is_whole_and_without_its_last_frames_is_not(
-    write_video: WriteVideo, encoders: frozenset[str]
-) -> None:
-    if "mjpeg" not in encoders:
-        pytest.skip("this FFmpeg has no encoder mjpeg")
-    times = [40 * index for index in range(41) if index != 1]
-    path = write_video("dropped.avi", codec="mpeg4", times_ms=times)
+def write_avi(path: Path, codec: str, dropped: tuple[int, ...]) -> Path:
+    """40 frames at 25 per second, with an empty one before each of the numbers of `dropped`."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=25)
+        assert isinstance(stream, VideoStream)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for index in range(41):
+            frame = None
+            if index < 40:
+                picture = np.random.default_rng(index).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                frame.pts, frame.time_base = index, Fraction(1, 25)
+            for packet in stream.encode(frame):
+                assert packet.dts is not None
+                packet.pts = packet.dts = packet.dts + sum(packet.dts >= place for place in dropped)
+                file.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("dropped", [(1,), (1, 5, 5, 5, 20), (39,)])
+def test_avi_with_dropped_frames_is_whole_unless_it_is_cut(dropped: tuple[int, ...], tmp_path: Path) -> None:
+    path = write_avi(tmp_path / "dropped.avi", "mpeg4", dropped)
     with av.open(str(path)) as file:
-        assert file.streams.video[0].frames > 40
-    assert read(path).status == "ok"
+        assert file.streams.video[0].frames == 40 + len(dropped)
+    whole = read(path)
+    assert (whole.status, whole.num_frames) == ("ok", 40)
     content = path.read_bytes()
-    path.write_bytes(content[: len(content) * 6 // 10])
-    assert read(path).reason == "truncated"
+    for share in (0.3, 0.6, 0.9):
+        path.write_bytes(content[: int(len(content) * share)])
+        assert read(path).reason == "truncated", share
+
+
+def test_avi_whose_last_frame_is_shown_for_long_is_whole(write_video: WriteVideo) -> None:
+    # Its clock ticks a thousand times a second, so that 39 empty frames follow each real one.
+    assert read(write_video("slow.avi", codec="mpeg4", times_ms=range(0, 1600, 40))).status == "ok"

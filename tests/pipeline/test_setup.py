@@ -152,6 +152,14 @@ def test_frozen_batchnorm_stays_in_evaluation_mode(world: World) -> None:
     assert encoder.backbone.training
 
 
+def test_training_sees_more_than_one_view_where_the_config_says_so(world: World, tmp_path: Path) -> None:
+    views = [
+        trained(end_to_end(world, "sampling.crop=random", f"episodes.train_views={count}"), tmp_path / str(count))
+        for count in (1, 5)
+    ]
+    assert not all(torch.equal(views[0][name], views[1][name]) for name in views[0])
+
+
 def test_backbone_moves_at_its_own_rate(world: World, tmp_path: Path) -> None:
     before, parameters = fresh(end_to_end(world))
     fast = trained(end_to_end(world), tmp_path / "fast")
