@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ FAMILIES = {
     "small3d": [],
     "vivit": ["backbone.name=vivit"],
 }
-TINY_VIVIT = {
+TINY_VIVIT: dict[str, Any] = {
     "hidden_size": 12,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
