@@ -12,7 +12,7 @@ PACKAGES = ("torch", "torchvision", "transformers", "numpy", "zarr", "h5py", "av
 
 
 def code_version() -> str:
-    """The package's version, with the commit (and ``+changed``) when it runs from a git checkout."""
+    """The package's version, with the commit (and ``.changed``) when it runs from a git checkout."""
     root = Path(__file__).resolve().parents[1]
     number = version("mastaf") if _is_installed("mastaf") else "unknown"
     if not (root / ".git").exists():
@@ -20,7 +20,7 @@ def code_version() -> str:
     commit = _git(root, "rev-parse", "--short=12", "HEAD")
     if not commit:
         return number
-    return f"{number}+{commit}" + (".changed" if _git(root, "status", "--porcelain") else "")
+    return f"{number}+{commit}" + (".changed" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
 
 
 def library_versions() -> dict[str, str]:
