@@ -59,6 +59,7 @@ class ArraySpec:
             raise ValueError(f"array shape {self.shape!r}: expected four positive integers (C, T, H, W)")
 
     def to_json(self) -> dict[str, Any]:
+        """As a JSON-able dict, the form that is hashed and stored."""
         return {
             "layer": self.layer,
             "pooling": self.pooling,
@@ -69,6 +70,7 @@ class ArraySpec:
 
     @classmethod
     def from_json(cls, value: Any) -> "ArraySpec":
+        """Read back what `to_json` gave; unknown or missing fields are refused."""
         return cls(**_check_fields(value, ("layer", "pooling", "dtype", "quantiser", "shape"), "an array of the spec"))
 
 
@@ -113,6 +115,7 @@ class Spec:
         return sha256_of(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
+        """As a JSON-able dict, the form that is hashed and stored."""
         return {
             "decoder": self.decoder,
             "sampling": self.sampling,

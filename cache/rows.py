@@ -127,15 +127,19 @@ class RowTable:
         return len(self.shards) * self.shard_rows
 
     def ids(self) -> list[str]:
+        """Planned videos, in the order they were planned."""
         return list(self._views)
 
     def rows(self) -> list[RowKey]:
+        """Planned rows, in order."""
         return list(self._row_index)
 
     def views(self) -> list[int]:
+        """Views that are planned of at least one video."""
         return sorted({view for views in self._views.values() for view in views})
 
     def pending(self) -> list[Shard]:
+        """Shards that are planned and not committed."""
         return [shard for shard in self.shards if shard.index not in self.records]
 
     def unplanned(self, video_ids: Iterable[str], views: Sequence[int]) -> list[RowKey]:
@@ -168,6 +172,7 @@ class RowTable:
             raise StoreError(f"the rows of shard {record.shard_index} are not the rows that were planned for it")
 
     def row_index(self, key: RowKey) -> int:
+        """Place of a planned row in the arrays."""
         index = self._row_index.get(key)
         if index is not None:
             return index

@@ -81,7 +81,8 @@ class FeatureStore(Protocol):
     def layout(self) -> dict[str, Any]:
         """Backend, sizes and arrays, as a JSON object."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go of files and locks."""
 
     def __enter__(self) -> Self: ...
 
@@ -98,10 +99,12 @@ class MemoryStore(TableStore):
         self._blocks: dict[tuple[str, int], Cubes] = {}
 
     def layout(self) -> dict[str, Any]:
+        """Backend, sizes and arrays, as a JSON object."""
         num_bytes = sum(block.nbytes for block in self._blocks.values())
         return {"backend": "memory", "compression": "none", "bytes": num_bytes, **self._shared_layout()}
 
     def close(self) -> None:
+        """Let go of files and locks."""
         pass
 
     def _refresh(self) -> None:

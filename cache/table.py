@@ -39,10 +39,12 @@ class TableStore(ABC):
 
     @property
     def spec(self) -> Spec:
+        """What decides the numbers in the store."""
         return self._spec
 
     @abstractmethod
-    def layout(self) -> dict[str, Any]: ...
+    def layout(self) -> dict[str, Any]:
+        """Backend, sizes and arrays, as a JSON object."""
 
     @abstractmethod
     def _refresh(self) -> None:
@@ -65,15 +67,18 @@ class TableStore(ABC):
         """One row, (C, T, H, W)."""
 
     def plan(self, video_ids: Sequence[str], views: Sequence[int]) -> None:
+        """As in the `FeatureStore` protocol."""
         self._refresh()
         if self._table.unplanned(video_ids, views):
             self._add_rows(video_ids, views)
 
     def pending(self) -> list[Shard]:
+        """As in the `FeatureStore` protocol."""
         self._refresh()
         return self._table.pending()
 
     def commit(self, shard: Shard, arrays: Mapping[str, Cubes], outcomes: Sequence[RowOutcome]) -> None:
+        """As in the `FeatureStore` protocol."""
         self._refresh()
         self._check_commit(shard, arrays, outcomes)
         rows = self._row_records(shard, arrays, outcomes)
@@ -132,16 +137,20 @@ class TableStore(ABC):
         return block
 
     def ids(self) -> list[str]:
+        """As in the `FeatureStore` protocol."""
         return self._table.ids()
 
     def rows(self) -> list[RowKey]:
+        """As in the `FeatureStore` protocol."""
         return self._table.rows()
 
     def outcome(self, video_id: str, view: int = 0) -> RowOutcome | None:
+        """As in the `FeatureStore` protocol."""
         record = self._table.row_record(RowKey(video_id, int(view)))
         return None if record is None else record.outcome
 
     def read(self, video_ids: Sequence[str], views: Sequence[int], array: str = "cube") -> Cubes:
+        """As in the `FeatureStore` protocol."""
         if array not in self._spec.arrays:
             raise StoreError(f"the store has no array {array!r}; it has {', '.join(sorted(self._spec.arrays))}")
         if len(video_ids) != len(views):
@@ -169,6 +178,7 @@ class TableStore(ABC):
         )
 
     def content_hash(self) -> str:
+        """As in the `FeatureStore` protocol."""
         return content_hash(self._spec, self._table)
 
     def _shared_layout(self) -> dict[str, Any]:

@@ -191,10 +191,12 @@ class ZarrStore(TableStore):
             raise StoreError(f"{self.path} is open for reading; open it with mode 'a' to plan or commit")
 
     def layout(self) -> dict[str, Any]:
+        """Backend, sizes and arrays, as a JSON object."""
         num_bytes = sum(Path(parent, name).stat().st_size for parent, _, names in os.walk(self.path) for name in names)
         return {"backend": "zarr", "compression": self._compression, "bytes": num_bytes, **self._shared_layout()}
 
     def close(self) -> None:
+        """Let go of the ledger and its lock."""
         self._ledger.close()
 
 

@@ -41,6 +41,7 @@ class _ListLine:
 
     @property
     def video_id(self) -> str:
+        """Class and name, as in the list."""
         return f"{self.class_name}/{self.name}"
 
 

@@ -64,16 +64,20 @@ class _Demo:
 
     @property
     def manifest(self) -> Path:
+        """Where the manifest is written."""
         return self.folder / "videos.csv"
 
     def store(self, name: str) -> Path:
+        """Where a store is written."""
         return self.folder / f"{name}.zarr"
 
     def run(self, name: str) -> Path:
+        """Where a run is written."""
         return self.folder / "runs" / name
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """Announce a stage and note its seconds."""
         say(f"[{len(self.seconds) + 1}] {name}")
         started = time.monotonic()
         yield
@@ -81,6 +85,7 @@ class _Demo:
         say(f"    {self.seconds[name]:.0f} s")
 
     def config(self, recipe: str, **tables: dict[str, Any]) -> RunConfig:
+        """A shipped recipe on the demo's manifest, in the demo's size."""
         tables.setdefault("data", {})["manifest"] = str(self.manifest)
         config = load_config(find_recipe(recipe), self.size.overrides, tables)
         if self.size.training_episodes is None or config.training.episodes <= self.size.training_episodes:

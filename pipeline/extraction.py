@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -50,7 +50,7 @@ class ExtractionReport:
     clips_per_second: float
     """Clips done now per second."""
     bound_by: str
-    """What took the most of the main thread's time: "decoding", "backbone" or "writing"."""
+    """What took the most of the main thread's time: "decoding", "backbone" or "writing"; "nothing to do" where all was stored."""
     problems: tuple[tuple[str, RowOutcome], ...] = field(default=())
     """(video_id, outcome) of every video asked for that is degraded or rejected."""
 
@@ -143,10 +143,21 @@ def extract_videos(
             on_progress(num_rows, total)
     seconds = time.perf_counter() - started
     outcomes = {video_id: _worst(store, video_id, wanted_views) for video_id in ids}
+    return _report(outcomes, len(done_before), num_rows, num_rows_left, seconds, clock)
+
+
+def _report(
+    outcomes: Mapping[str, RowOutcome | None],
+    num_skipped: int,
+    num_rows: int,
+    num_rows_left: int,
+    seconds: float,
+    clock: Mapping[str, float],
+) -> ExtractionReport:
     statuses = Counter("pending" if outcome is None else outcome.status for outcome in outcomes.values())
     return ExtractionReport(
-        num_videos=len(ids),
-        num_skipped=len(done_before),
+        num_videos=len(outcomes),
+        num_skipped=num_skipped,
         num_ok=statuses["ok"],
         num_degraded=statuses["degraded"],
         num_rejected=statuses["rejected"],
@@ -154,7 +165,7 @@ def extract_videos(
         num_rows_left=num_rows_left,
         seconds=seconds,
         clips_per_second=num_rows / seconds if seconds > 0 else 0.0,
-        bound_by=max(clock, key=lambda name: clock[name]),
+        bound_by=max(clock, key=lambda name: clock[name]) if num_rows else "nothing to do",
         problems=tuple((name, found) for name, found in outcomes.items() if found is not None and found.status != "ok"),
     )
 

@@ -56,6 +56,7 @@ class _Job:
 
     @property
     def training(self) -> TrainingConfig:
+        """The config's `[training]` table."""
         return self.place.config.training
 
     def save(self, name: str) -> None:
@@ -71,6 +72,7 @@ class _Job:
             raise self.stopped()
 
     def stopped(self) -> Stopped:
+        """The error that ends a stopped run after it was saved."""
         assert self.stop.signal_number is not None
         return Stopped(
             self.stop.signal_number,
