@@ -269,7 +269,11 @@ def train(recipe: str, out: Path | None, resume: bool, device: str, overrides: t
 @click.option(
     "--store", "store_path", type=click.Path(exists=True), help="Score on this store instead of the run's own source."
 )
-@click.option("--manifest", type=click.Path(exists=True, dir_okay=False), help="Another place of the manifest.")
+@click.option(
+    "--manifest",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Another manifest, for instance one without rejected videos.",
+)
 @_device
 @_json
 def evaluate(**options: Any) -> None:

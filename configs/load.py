@@ -36,7 +36,7 @@ def find_recipe(name: str) -> Path:
         return shipped
     known = [file.stem for file in sorted(recipe_folder().glob("*.toml"))]
     raise ConfigError(
-        f"no recipe {name!r}: no such file{_nearest(path.stem, known)}. `mastaf list recipes` shows what ships."
+        f"no recipe {name!r}: no such file{_nearest(path.stem, known)}; `mastaf list recipes` shows what ships."
     )
 
 
@@ -91,7 +91,7 @@ def _check_names(config: RunConfig) -> None:
 
     if config.backbone.name not in BACKBONES:
         raise ConfigError(
-            f"backbone.name = {config.backbone.name!r} is not known{_nearest(config.backbone.name, BACKBONES)}. "
+            f"backbone.name = {config.backbone.name!r} is not known{_nearest(config.backbone.name, BACKBONES)}; "
             "`mastaf list backbones` shows all."
         )
     try:

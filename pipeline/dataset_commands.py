@@ -12,6 +12,7 @@ from episodes.scan import parse_shares, scan_folder
 from pipeline.console import say, shortened
 
 SPLITS = ("train", "val", "test")
+USUAL_WAY = 5
 
 
 def scan_to_file(folder: Path, out: Path, split: str, seed: int) -> None:
@@ -118,6 +119,12 @@ def _say_sizes(manifest: Manifest, out: Path) -> None:
         f"{split} {len(manifest.classes(split))} classes {len(manifest.videos_of(split))} videos" for split in SPLITS
     )
     say(f"{out}: {sizes}; split hash {manifest.split_hash[:12]}")
+    few = [split for split in SPLITS if len(manifest.classes(split)) < USUAL_WAY]
+    if few:
+        say(
+            f"note: fewer than {USUAL_WAY} classes in {', '.join(few)}: the usual 5-way episodes cannot be drawn there. Lower episodes.n_way, "
+            "or give them more classes (dataset scan --split)"
+        )
 
 
 def _refuse_existing(out: Path) -> None:

@@ -110,6 +110,16 @@ def run_demo(folder: Path, quick: bool = False) -> dict[str, Any]:
     if folder.exists() and any(folder.iterdir()):
         raise SetupError(f"{folder} is not empty. Choose another --out, or remove it.")
     folder.mkdir(parents=True, exist_ok=True)
+    num_threads = torch.get_num_threads()
+    # One thread: so small a network gains nothing from a second one, and its sums do not depend on how busy the machine is.
+    torch.set_num_threads(1)
+    try:
+        return _run_stages(folder, quick)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _run_stages(folder: Path, quick: bool) -> dict[str, Any]:
     demo = _Demo(folder, QUICK if quick else FULL)
     started = time.monotonic()
     with demo.stage("render the videos"):

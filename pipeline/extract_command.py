@@ -76,6 +76,8 @@ def _config(
     from_run: Path | None,
     overrides: tuple[str, ...],
 ) -> RunConfig:
+    if backbone is not None and from_run is not None:
+        raise ConfigError("--from-run takes the run's own backbone; leave --backbone out.")
     if recipe is not None and from_run is not None:
         raise ConfigError("--config and --from-run both give sampling and backbone; use one of them.")
     path = find_recipe(recipe) if recipe is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -40,6 +41,7 @@ class StopRequest:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal_number = number
+        os.write(2, b"stopping after this step; the same signal again stops at once\n")
         self._restore()
 
     def _restore(self) -> None:

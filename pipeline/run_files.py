@@ -167,9 +167,7 @@ def export_backbone(folder: Path) -> None:
     save_checkpoint(folder / "backbone.pt", {"state_dict": state})
 
 
-def write_card(
-    path: Path, place: Workplace, progress: Progress, is_selected: bool, degraded: Mapping[str, str]
-) -> dict[str, Any]:
+def write_card(path: Path, place: Workplace, progress: Progress, is_selected: bool) -> dict[str, Any]:
     """Write what made the run, as JSON; gives it back."""
     config = place.config
     card = {
@@ -183,7 +181,7 @@ def write_card(
         "val_interval95": progress.best_interval95,
         "validation_episodes": config.training.validation_episodes,
         "test_selected_accuracy_published_protocol": progress.test_selected_accuracy,
-        "degraded_videos": dict(sorted(degraded.items())),
+        "degraded_videos": dict(sorted(place.source.degraded.items())),
         "seconds": progress.seconds,
         "split_hash": place.manifest.split_hash,
         "store_fingerprint": place.store.spec.fingerprint if place.store else None,

@@ -20,7 +20,7 @@ from extract.build import BackboneError, build_backbone
 from pipeline.extraction import video_sources
 from pipeline.model import ClipEncoder, FewShotModel, cube_shape, describe_backbone, forward_in_full_batches
 from pipeline.settings import SetupError, open_configured_store, with_settings_of
-from pipeline.sources import CachedCubes, LiveClips, Source
+from pipeline.sources import CachedCubes, LiveClips
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Workplace:
     config: RunConfig
     manifest: Manifest
     model: FewShotModel
-    source: Source
+    source: CachedCubes | LiveClips
     """Where training inputs come from."""
     store: FeatureStore | None
     """The store behind the source, on the cache."""

@@ -50,6 +50,8 @@ class CachedCubes:
         self.cache_bytes = cache_bytes
         self.cube_shape = store.spec.arrays[array].shape
         """(C, T, H, W) of one cube."""
+        self.degraded: dict[str, str] = {}
+        """Reason by video id, of every checked video that is not quite whole."""
         self._rows: dict[tuple[str, int], int] = {}
         self._resident: Tensor | None = None
 
@@ -63,6 +65,8 @@ class CachedCubes:
                     missing.append(video_id if len(views) == 1 else f"{video_id} (view {view})")
                 elif outcome.status == "rejected":
                     rejected.append(f"{video_id} ({outcome.reason})")
+                elif outcome.status == "degraded":
+                    self.degraded[video_id] = str(outcome.reason)
         if missing:
             raise SourceError(
                 f"{len(missing)} rows are not in the store: {shortened(missing)}. Run `mastaf extract` on this manifest first."
@@ -71,7 +75,8 @@ class CachedCubes:
             rejected = list(dict.fromkeys(rejected))
             raise SourceError(
                 f"{len(rejected)} videos of the split were rejected when extracting: {shortened(rejected)}. An episode never avoids them "
-                "silently: write a manifest without them by `mastaf dataset exclude MANIFEST --from-store STORE --out NEW.csv`."
+                "silently: write a manifest without them by `mastaf dataset exclude MANIFEST --from-store STORE --out NEW.csv` and go on "
+                "with it (a run that is trained already: `mastaf evaluate RUN --manifest NEW.csv`)."
             )
         self._load([(video_id, view) for video_id in video_ids for view in views])
 

@@ -22,6 +22,8 @@ def train_recipe(
     config = load_config(path, overrides)
     folder = out or Path("runs") / path.stem
     chosen = choose_device(device)
+    if config.training.mode == "end_to_end" and config.backbone.weights == "none":
+        say(f"warning: backbone {config.backbone.name} starts untrained (backbone.weights = none)")
     with progress(f"train {config.head.name}") as on_progress:
 
         def report(line: Mapping[str, Any]) -> None:

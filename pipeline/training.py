@@ -271,5 +271,4 @@ def _finish(job: _Job) -> dict[str, Any]:
     job.save("last.pt")
     if isinstance(job.place.model.encoder, ClipEncoder):
         export_backbone(job.folder)
-    degraded = job.place.source.degraded if isinstance(job.place.source, LiveClips) else {}
-    return write_card(job.folder / "card.json", job.place, job.progress, job.validation is not None, degraded)
+    return write_card(job.folder / "card.json", job.place, job.progress, job.validation is not None)
