@@ -272,7 +272,7 @@ def train(recipe: str, out: Path | None, resume: bool, device: str, overrides: t
 @click.option(
     "--manifest",
     type=click.Path(exists=True, dir_okay=False),
-    help="Another manifest, for instance one without rejected videos.",
+    help="Another manifest, such as one without rejected videos.",
 )
 @_device
 @_json

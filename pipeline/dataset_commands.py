@@ -122,8 +122,8 @@ def _say_sizes(manifest: Manifest, out: Path) -> None:
     few = [split for split in SPLITS if len(manifest.classes(split)) < USUAL_WAY]
     if few:
         say(
-            f"note: fewer than {USUAL_WAY} classes in {', '.join(few)}: the usual 5-way episodes cannot be drawn there. Lower episodes.n_way, "
-            "or give them more classes (dataset scan --split)"
+            f"note: fewer than {USUAL_WAY} classes in {', '.join(few)}: the usual 5-way episodes cannot be drawn there. "
+            "Lower episodes.n_way, or give them more classes (dataset scan --split)"
         )
 
 
