@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+# E402: the path above comes first, since this file runs as a process of its own.
 from cache.zarr_store import ZarrStore  # noqa: E402
 from contracts.store_examples import VIDEO_IDS, commit_example, example_spec  # noqa: E402
 

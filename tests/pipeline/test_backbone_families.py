@@ -78,6 +78,6 @@ def test_run_is_rebuilt_as_it_was_and_its_cubes_score_the_same(world: World, tmp
     ids = [video.video_id for video in world.manifest.videos_of("test")]
     source = CachedCubes(store)
     cached, live_cubes = source.read(ids, [0] * len(ids)).float(), run.source.read(ids, [0] * len(ids))
-    # Another place in the forward batch may change the order of sums.
-    torch.testing.assert_close(cached, live_cubes, rtol=1e-4, atol=1e-5)
+    # 1e-5 of the largest value, as the design promises: the place in the forward batch may change the order of sums.
+    assert float((cached - live_cubes).abs().max() / live_cubes.abs().max()) <= 1e-5
     assert live["store_fingerprint"] == store.spec.fingerprint
