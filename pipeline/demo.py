@@ -111,7 +111,7 @@ def run_demo(folder: Path, quick: bool = False) -> dict[str, Any]:
         raise SetupError(f"{folder} is not empty. Choose another --out, or remove it.")
     folder.mkdir(parents=True, exist_ok=True)
     num_threads = torch.get_num_threads()
-    # One thread: so small a network gains nothing from a second one, and its sums do not depend on how busy the machine is.
+    # One thread: so small a network gains nothing from a second one, and training does not collapse on a busy machine.
     torch.set_num_threads(1)
     try:
         return _run_stages(folder, quick)
