@@ -21,6 +21,8 @@ NUM_FRAMES = 24
 FRAME_SIZE = 64
 """Height and width in pixels."""
 FRAMES_PER_SECOND = 12
+X264_OPTIONS = {"preset": "veryfast", "qp": "20", "x264-params": "threads=1:rc-lookahead=0:mbtree=0:aq-mode=0"}
+"""Constant quantiser without look-ahead: with rate control the same frames did not always give the same bytes."""
 ENCODERS = ("libx264", "libopenh264", "h264_videotoolbox", "h264_mf")
 """H.264 encoders, the first that this PyAV carries is used."""
 
@@ -227,7 +229,7 @@ def write_video(path: Path, frames: np.ndarray) -> None:
         assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.codec_context.thread_count = 1
-        stream.codec_context.options = {"preset": "veryfast", "crf": "20"} if encoder_name() == "libx264" else {}
+        stream.codec_context.options = X264_OPTIONS if encoder_name() == "libx264" else {}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))

@@ -195,3 +195,14 @@ def test_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
 
 def test_an_encoder_is_found() -> None:
     assert encoder_name() in av.codecs_available
+
+
+def test_same_frames_give_the_same_bytes(tmp_path: Path) -> None:
+    frames = [render_frames("move_right", number, 0) for number in range(8)]
+    contents = []
+    for attempt in range(3):
+        paths = [tmp_path / f"{attempt}_{number}.mp4" for number in range(8)]
+        for path, shown in zip(paths, frames, strict=True):
+            write_video(path, shown)
+        contents.append([path.read_bytes() for path in paths])
+    assert contents[0] == contents[1] == contents[2]
