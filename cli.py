@@ -71,6 +71,10 @@ _device = click.option("--device", default="auto", show_default=True, help="auto
 _json = click.option("--json", "as_json", is_flag=True, help="Print machine-readable results on stdout.")
 
 
+def _debug() -> list[str]:
+    return ["--debug"] if "--debug" in sys.argv else []
+
+
 def _print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2))
 
@@ -183,19 +187,46 @@ def exclude(manifest: Path, store: Path, out: Path) -> None:
     type=click.Path(exists=True, path_type=Path),
     help="Use sampling and trained backbone of an end-to-end run.",
 )
+@click.option("--retry-failed", is_flag=True, help="Do the rejected videos again, after they were mended.")
 @click.option("--strict", is_flag=True, help="Exit with 3 if any video was rejected.")
+@click.option("--workers", type=click.IntRange(min=1), help="Do it in N processes on this machine, one GPU each.")
+@click.option("--shard", metavar="I/N", help="Do share I of N, from 0. Default: from torchrun or Slurm, or all.")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="ray: by Ray Data, on the cluster of RAY_ADDRESS or on this machine; needs mastaf[ray].",
+)
+@click.option("--ray-timeout", type=click.FloatRange(min=1), help="Seconds without a commit until the run is stopped.")
+@click.option("--slurm", type=click.Choice(["print", "submit"]), help="Print or submit a Slurm array that does it.")
+@click.option("--slurm-tasks", type=click.IntRange(min=1), help="Number of tasks of the array.")
+@click.option("--slurm-option", "slurm_options", multiple=True, metavar="NAME=VALUE", help="Of sbatch; repeatable.")
 @_device
 @_set
 @_json
-def extract(**options: Any) -> None:
+@click.pass_context
+def extract(context: click.Context, /, **options: Any) -> None:
     """Stage 1: decode and embed every video once. What is stored already is skipped."""
-    from pipeline.extract_command import extract_to_store
+    from pipeline.extract_jobs import LaunchOptions, run_extraction
+    from pipeline.launch import options_again, serve_parent
 
-    as_json, strict = options.pop("as_json"), options.pop("strict")
-    report = extract_to_store(**options)
+    serve_parent()
+    as_json, is_strict = options.pop("as_json"), options.pop("strict")
+    report = run_extraction(
+        options,
+        LaunchOptions(
+            program=[sys.executable, str(Path(__file__).resolve()), *_debug(), "extract"],
+            options=options_again(context),
+            **{name: options.pop(name) for name in LaunchOptions.names_of_options()},
+        ),
+    )
+    if isinstance(report, str):
+        click.echo(report)
+        return
     if as_json:
         _print_json(report)
-    sys.exit(3 if strict and report["num_rejected"] else 0)
+    sys.exit(3 if is_strict and report["num_rejected"] else 0)
 
 
 @mastaf.group()
@@ -205,9 +236,18 @@ def store() -> None:
 
 @store.command()
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--watch", "is_watched", is_flag=True, help="Show how it fills, until it is complete.")
+@click.option(
+    "--interval", default=5.0, show_default=True, type=click.FloatRange(min=0.1), help="Of --watch, in seconds."
+)
 @_json
-def info(path: Path, as_json: bool) -> None:
+def info(path: Path, is_watched: bool, interval: float, as_json: bool) -> None:
     """What a store holds: counts, shapes, bytes, fingerprint, content hash."""
+    if is_watched:
+        from pipeline.watch import watch_store
+
+        watch_store(str(path), interval, as_json)
+        return
     from cache.open import open_store
     from cache.summary import summarise
 
@@ -245,6 +285,85 @@ def failures_command(path: Path, as_json: bool) -> None:
         f"{len(rows)} videos are not ok" + "".join(f"; {reason}: {count}" for reason, count in sorted(counts.items())),
         err=True,
     )
+
+
+_workers = click.option(
+    "--workers", default=2, show_default=True, type=click.IntRange(min=1), help="Files read at the same time."
+)
+
+
+@store.command("verify")
+@click.argument("path")
+@click.option("--fast", "is_fast", is_flag=True, help="Compare sizes of data files instead of reading them.")
+@_workers
+@_json
+def verify_command(path: str, is_fast: bool, workers: int, as_json: bool) -> None:
+    """Check every byte of a store against its checksums; exit 0 when whole, 1 when damaged. Changes nothing."""
+    from pipeline.store_commands import verify_store
+
+    report, is_whole = verify_store(path, is_fast, workers)
+    if as_json:
+        _print_json(report)
+    sys.exit(0 if is_whole else 1)
+
+
+@store.command("repair")
+@click.argument("path")
+@click.option(
+    "--manifest",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Where the videos of damaged rows are; without it these rows stay pending.",
+)
+@click.option("--weights", help="Weights file, where it is no longer where it was at the extraction.")
+@_device
+@_workers
+@_json
+def repair_command(
+    path: str, manifest: Path | None, weights: str | None, device: str, workers: int, as_json: bool
+) -> None:
+    """Restore what the store itself knows, drop damaged shards, and extract these anew; touches nothing else."""
+    from pipeline.store_commands import repair_store
+
+    report, is_complete = repair_store(path, manifest, weights, device, workers)
+    if as_json:
+        _print_json(report)
+    sys.exit(0 if is_complete else 1)
+
+
+@store.command("remove")
+@click.argument("path")
+@click.argument("video_ids", nargs=-1)
+@click.option(
+    "--from",
+    "listed",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="File with one video id per line.",
+)
+@_json
+def remove_command(path: str, video_ids: tuple[str, ...], listed: Path | None, as_json: bool) -> None:
+    """Take videos out of a store without rewriting its shards."""
+    from pipeline.store_commands import remove_from_store
+
+    report = remove_from_store(path, video_ids, listed)
+    if as_json:
+        _print_json(report)
+
+
+@store.command("convert")
+@click.argument("source")
+@click.argument("target")
+@click.option("--store-kind", "kind", help="Backend of the target, where its ending does not tell.")
+@click.option("--dtype", help="float16 or float32; default: as it is.")
+@click.option("--shard-rows", type=click.IntRange(min=1), help="Rows per shard; default: as it is.")
+@click.option("--compression", default="none", show_default=True, help="none, zstd (Zarr only) or gzip.")
+@_json
+def convert_command(as_json: bool, **options: Any) -> None:
+    """Copy the finished rows of SOURCE into TARGET: another backend, number type, shard size or compression."""
+    from pipeline.store_commands import convert_store
+
+    report = convert_store(**options)
+    if as_json:
+        _print_json(report)
 
 
 @mastaf.command()

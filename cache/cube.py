@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 CUBE_DTYPES = ("float16", "float32")
 """Number types a store can hold."""
 RESERVED_NAMES = ("video_id", "view", "ledger")
@@ -25,6 +28,11 @@ def canonical_json(value: Any) -> str:
 def sha256_of(value: Any) -> str:
     """SHA-256 of the canonical JSON, as hex."""
     return hashlib.sha256(canonical_json(value).encode("ascii")).hexdigest()
+
+
+def sha256_of_row(row: NDArray[Any]) -> str:
+    """SHA-256 of one row's little-endian C-order values, as hex."""
+    return hashlib.sha256(np.ascontiguousarray(row, dtype=row.dtype.newbyteorder("<")).data).hexdigest()
 
 
 def _check_fields(value: Any, names: tuple[str, ...], what: str) -> dict[str, Any]:
@@ -45,7 +53,7 @@ class ArraySpec:
     dtype: str
     """Stored number type, one of `CUBE_DTYPES`."""
     quantiser: dict[str, Any] | None
-    """Settings of an integer quantiser; None stores the values as they are, the only choice so far."""
+    """`{"cast_from": "float16"}` where values were rounded to that type before; else None, values as they were computed."""
     shape: tuple[int, int, int, int]
     """(C, T, H, W) of one row."""
 
@@ -53,8 +61,11 @@ class ArraySpec:
         object.__setattr__(self, "shape", tuple(self.shape))
         if self.dtype not in CUBE_DTYPES:
             raise ValueError(f"array dtype {self.dtype!r}: allowed are {', '.join(CUBE_DTYPES)}")
-        if self.quantiser is not None:
-            raise ValueError(f"quantiser {self.quantiser!r}: stores hold plain values so far, use None")
+        if self.quantiser not in (None, {"cast_from": "float16"}) or (self.quantiser and self.dtype == "float16"):
+            raise ValueError(
+                f"quantiser {self.quantiser!r} of a {self.dtype} array: allowed are None, and {{'cast_from': 'float16'}} "
+                "for float32 values that were float16 once"
+            )
         if len(self.shape) != 4 or not all(type(size) is int and size >= 1 for size in self.shape):
             raise ValueError(f"array shape {self.shape!r}: expected four positive integers (C, T, H, W)")
 

@@ -1,186 +1,139 @@
 """The ledger: what is done, the only truth about which rows are ready.
 
-Each writer has its own file, `HOST-PID-RANDOM.jsonl`, with one line per committed shard:
-`{"crc32":"89abcdef","record":{...}}`, where the checksum is zlib.crc32 of the record's bytes.
-A killed writer can leave its last line torn: readers ignore it, and nobody but its writer ever appends to the file.
+Each writer has its own log, `ledger/HOST-PID-RANDOM.jsonl`. A killed writer can leave its last line torn: readers ignore it,
+and nobody but its writer ever appends to a log.
 """
 
-import contextlib
-import errno
-import json
-import os
-import re
-import secrets
-import socket
-import zlib
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-from cache.cube import canonical_json
-from cache.durable import fsync_path, lock
-from cache.rows import FileRecord, RowKey, RowOutcome, RowRecord, ShardRecord, StoreError
+from cache.errors import StoreDamaged
+from cache.files import Files, Log, log_of
+from cache.records import Record, decode_line, encode_line
 
-_LINE = re.compile(rb'\{"crc32":"([0-9a-f]{8})","record":(\{.*\})\}', re.DOTALL)
+FOLDER = "ledger"
+ENDING = ".jsonl"
 
 
-def checksum(data: bytes) -> str:
-    """zlib.crc32 as eight hex digits."""
-    return f"{zlib.crc32(data):08x}"
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What one line of a log says."""
+
+    start: int
+    """Its first byte within the data looked at."""
+    data: bytes
+    """Without the newline."""
+    record: Record | None
+    """None when it does not match its checksum."""
+    is_torn: bool
+    """Cut by a kill: the end of the log, without a newline, and not a whole line but for its newline."""
 
 
-def encode_line(record: ShardRecord) -> bytes:
-    """One commit as a line of the ledger."""
-    rows = [
-        {
-            "video_id": row.key.video_id,
-            "view": row.key.view,
-            "status": row.outcome.status,
-            "reason": row.outcome.reason,
-            "detail": row.outcome.detail,
-            "source": row.outcome.source,
-            "sha256": row.sha256,
-        }
-        for row in record.rows
-    ]
-    files = {
-        name: None if file is None else {"bytes": file.num_bytes, "crc32": file.crc32}
-        for name, file in record.files.items()
-    }
-    document = {
-        "kind": "commit",
-        "fingerprint": record.fingerprint,
-        "shard": record.shard_index,
-        "rows": rows,
-        "files": files,
-    }
-    text = canonical_json(document).encode("ascii")
-    return b'{"crc32":"' + checksum(text).encode("ascii") + b'","record":' + text + b"}\n"
-
-
-def decode_line(line: bytes) -> ShardRecord | None:
-    """The inverse, without the newline; None when the line does not match its checksum."""
-    match = _LINE.fullmatch(line)
-    if match is None or checksum(match[2]) != match[1].decode("ascii"):
-        return None
-    document = json.loads(match[2])
-    if document.get("kind") != "commit":
-        raise StoreError(f"ledger line of kind {document.get('kind')!r}: written by a newer version, update to read it")
-    return ShardRecord(
-        shard_index=document["shard"],
-        rows=tuple(_decode_row(row) for row in document["rows"]),
-        files={
-            name: None if file is None else FileRecord(file["bytes"], file["crc32"])
-            for name, file in document["files"].items()
-        },
-        fingerprint=document["fingerprint"],
-    )
-
-
-def _decode_row(row: dict[str, Any]) -> RowRecord:
-    # Older lines name no source.
-    outcome = RowOutcome(row["status"], row["reason"], row["detail"], row.get("source"))
-    return RowRecord(RowKey(row["video_id"], row["view"]), outcome, row["sha256"])
-
-
-def _host_name() -> str:
-    return re.sub(r"[^A-Za-z0-9.-]", "_", socket.gethostname()) or "host"
+def split_lines(data: bytes) -> Iterator[Line]:
+    """Every line of a log, good, torn or damaged."""
+    start = 0
+    while start < len(data):
+        end = data.find(b"\n", start)
+        line = data[start:] if end < 0 else data[start:end]
+        # The end of a log without a newline was torn by a kill, unless only its newline has flipped.
+        is_torn = end < 0 and decode_line(line[:-1]) is None
+        yield Line(start, line, decode_line(line) if end >= 0 else None, is_torn)
+        start += len(line) + 1
 
 
 class Ledger:
-    """Reads every writer's file in the folder, appends to its own."""
+    """Reads every writer's log, appends to its own."""
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        self.folder = folder
-        self._fingerprint = fingerprint
-        self._bytes_read: dict[Path, int] = {}
-        self._own_file: IO[bytes] | None = None
+    def __init__(self, files: Files, store_id: str) -> None:
+        self._files = files
+        self._store_id = store_id
+        self._bytes_read: dict[str, int] = {}
+        self._own: Log | None = None
 
-    def new_records(self) -> list[ShardRecord]:
-        """Whole lines that were appended, by anyone, since the last call."""
-        records: list[ShardRecord] = []
-        for path in sorted(self.folder.glob("*.jsonl")):
-            start = self._bytes_read.get(path, 0)
-            if path.stat().st_size > start:
-                with path.open("rb") as file:
-                    file.seek(start)
-                    data = file.read()
-                found, num_good_bytes = self._decode(data, path, start)
+    def logs(self) -> dict[str, int]:
+        """Names of all writers' logs -> bytes."""
+        return {name: size for name, size in self._files.sizes(FOLDER).items() if name.endswith(ENDING)}
+
+    def new_records(self) -> list[Record]:
+        """Whole lines that were appended, by anyone, since the last call.
+
+        Raises:
+            StoreDamaged: a line does not match its checksum and is not the last of its log, or belongs to another store.
+        """
+        records: list[Record] = []
+        for name, size in sorted(self.logs().items()):
+            start = self._bytes_read.get(name, 0)
+            if size > start:
+                found, num_good_bytes = self._good_lines(self._files.read(name, start), name, start)
                 records += found
-                self._bytes_read[path] = start + num_good_bytes
+                self._bytes_read[name] = start + num_good_bytes
         return records
 
-    def _decode(self, data: bytes, path: Path, start: int) -> tuple[list[ShardRecord], int]:
+    def _good_lines(self, data: bytes, name: str, start: int) -> tuple[list[Record], int]:
         """Records of the data, and how many bytes they fill; what remains is a torn last line."""
-        records: list[ShardRecord] = []
-        position = 0
-        while position < len(data):
-            end = data.find(b"\n", position)
-            record = decode_line(data[position:end]) if end >= 0 else None
-            if record is None:
-                if 0 <= end < len(data) - 1:
-                    raise StoreError(
-                        f"{path} is damaged at byte {start + position}: a line does not match its checksum. "
-                        "Restore the file from a copy, or move it away to extract its shards anew"
+        records: list[Record] = []
+        for line in split_lines(data):
+            if line.record is None:
+                if line.start + len(line.data) + 1 < len(data):
+                    raise StoreDamaged(
+                        f"{self._files.path_of(name)} is damaged at byte {start + line.start}: a line does not match its "
+                        f"checksum. Mend the store: mastaf store repair {self._files.url}"
                     )
-                break
-            if record.fingerprint != self._fingerprint:
-                raise StoreError(
-                    f"{path} belongs to another store: spec {record.fingerprint[:12]}, here {self._fingerprint[:12]}. "
-                    "Move the file away"
+                return records, line.start
+            if line.record.store_id != self._store_id:
+                raise StoreDamaged(
+                    f"{self._files.path_of(name)} belongs to another store ({line.record.store_id}, here "
+                    f"{self._store_id}). Move the file away"
                 )
-            records.append(record)
-            position = end + 1
-        return records, position
+            records.append(line.record)
+        return records, len(data)
 
-    def append(self, record: ShardRecord) -> None:
-        """Make the record durable. After an error nothing of it counts, and the next call begins another file."""
-        file = self.claim()
-        path = Path(file.name)
-        start = self._bytes_read.get(path, 0)
+    def append(self, record: Record) -> None:
+        """Make the record durable. After an error nothing of it counts, and the next call begins another log."""
+        log = self.claim()
         line = encode_line(record)
         try:
-            if file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, "short write to the ledger", str(path))
-            os.fsync(file.fileno())
+            log.append(line)
         except BaseException:
-            # A torn line may only ever be the last one of its file, and an unsynced one must not look durable.
-            with contextlib.suppress(OSError):
-                os.ftruncate(file.fileno(), start)
             self.close()
             raise
-        self._bytes_read[path] = start + len(line)
+        self._bytes_read[log.name] = self._bytes_read.get(log.name, 0) + len(line)
 
-    def claim(self) -> IO[bytes]:
-        """This writer's file, made and locked at the first call: others see a living writer before data is written."""
-        if self._own_file is None:
-            path = self.folder / f"{_host_name()}-{os.getpid()}-{secrets.token_hex(4)}.jsonl"
-            self._own_file = path.open("xb", buffering=0)
-            lock(self._own_file, wait=True)
-            fsync_path(self.folder)
-        return self._own_file
+    def claim(self) -> Log:
+        """This writer's log, made at the first call: others see a living writer before data is written."""
+        if self._own is None:
+            # Under the lock: whoever removes litter there, having seen no living writer, must not meet a new one's files.
+            with self._files.lock():
+                self._own = self._files.new_log(FOLDER)
+        return self._own
 
-    def recover(self) -> bool:
-        """Cut the torn last lines that killed writers of this machine left. Returns whether a writer may be alive.
+    @property
+    def own_name(self) -> str | None:
+        """Name of this writer's log; None before `claim`."""
+        return None if self._own is None else self._own.name
 
-        Call it after `new_records`: only what was not readable then is looked at.
-        """
-        may_be_alive = False
-        for path in sorted(self.folder.glob("*.jsonl")):
-            with path.open("rb+") as file:
-                if lock(file, wait=False) != "held":
-                    may_be_alive = True
-                elif path.name.rsplit("-", 2)[0] == _host_name():
-                    # Elsewhere the lock may not reach; a torn line that stays is ignored all the same.
-                    start = file.seek(self._bytes_read.get(path, 0))
-                    data = file.read()
-                    _, num_good_bytes = self._decode(data, path, start)
-                    if num_good_bytes < len(data):
-                        file.truncate(start + num_good_bytes)
-                        os.fsync(file.fileno())
-        return may_be_alive
+    def beat(self) -> None:
+        """Show that this writer is alive."""
+        own = self._own
+        if own is not None:
+            own.beat()
+
+    def others_alive(self) -> list[str]:
+        """Logs of writers, other than this one, that are alive."""
+        logs = sorted({log_of(name) for name in self.logs()})
+        return [name for name in logs if name != self.own_name and self._files.is_alive(name)]
+
+    def cut_torn_lines(self) -> None:
+        """Cut the torn last lines that killed writers left. Call it after `new_records`."""
+        for name, size in self.logs().items():
+            start = self._bytes_read.get(name, 0)
+            if size > start and not self._files.is_alive(name):
+                _, num_good_bytes = self._good_lines(self._files.read(name, start), name, start)
+                if start + num_good_bytes < size:
+                    self._files.cut_log(name, start + num_good_bytes)
 
     def close(self) -> None:
-        """Free the lock on this writer's file."""
-        if self._own_file is not None:
-            self._own_file.close()
-            self._own_file = None
+        """This writer is gone."""
+        if self._own is not None:
+            self._own.close()
+            self._own = None

@@ -3,26 +3,19 @@
 Letters: R rows of a shard, n rows of a read; C channels, T time steps, H W grid.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from cache.cube import Spec
-from cache.rows import (
-    FileRecord,
-    RowDamaged,
-    RowKey,
-    RowNotReady,
-    RowOutcome,
-    RowRejected,
-    Shard,
-    ShardRecord,
-    SpecMismatch,
-    StoreError,
-)
-from cache.table import Cubes, TableStore
+from cache.errors import RowDamaged, RowNotReady, RowRejected, ShardHeld, SpecMismatch, StoreDamaged, StoreError
+from cache.format import Cubes
+from cache.records import ShardRecord
+from cache.rows import Claim, FileRecord, RowKey, RowOutcome, Segment, Shard
+from cache.table import TableStore
 
 __all__ = [
+    "Claim",
     "FeatureStore",
     "MemoryStore",
     "RowDamaged",
@@ -31,7 +24,9 @@ __all__ = [
     "RowOutcome",
     "RowRejected",
     "Shard",
+    "ShardHeld",
     "SpecMismatch",
+    "StoreDamaged",
     "StoreError",
 ]
 
@@ -46,8 +41,24 @@ class FeatureStore(Protocol):
     def plan(self, video_ids: Sequence[str], views: Sequence[int]) -> None:
         """Add the rows of ids x views that are not planned yet, video by video; a second call adds nothing."""
 
+    def replan(self, rows: Sequence[RowKey]) -> None:
+        """Make finished rows anew: they get a place in new shards and count as not extracted until these are committed."""
+
+    def remove(self, video_ids: Sequence[str]) -> None:
+        """Take videos out of the store. Shards are not rewritten; `convert` gives the space back."""
+
     def pending(self) -> list[Shard]:
-        """Shards that are planned and not committed."""
+        """Shards that are planned and not committed. See `wanted`."""
+
+    def wanted(self, shard: Shard) -> list[bool]:
+        """For each row of a shard whether it still has its place there; one that was removed or planned anew needs no values
+        (commit it as rejected)."""
+
+    def claim(self, shard: Shard) -> Claim:
+        """Ask for a shard before working on it: `ours`, `done` by another meanwhile, or `held` by a writer that is alive."""
+
+    def release(self, shard: Shard) -> None:
+        """Give a claimed shard back without a commit; others may take it at once."""
 
     def commit(self, shard: Shard, arrays: Mapping[str, Cubes], outcomes: Sequence[RowOutcome]) -> None:
         """Store a whole shard; its rows are ready when this returns.
@@ -57,6 +68,10 @@ class FeatureStore(Protocol):
             arrays: each array of the spec, (R, C, T, H, W) in exactly its dtype, one row per row of the shard.
                 Rows that are rejected may hold anything; the others must be finite.
             outcomes: one per row of the shard.
+
+        Raises:
+            ShardHeld: another living writer has claimed the shard; the text says who.
+            StoreError: the values do not fit, or they could not be written.
         """
 
     def ids(self) -> list[str]:
@@ -110,17 +125,24 @@ class MemoryStore(TableStore):
     def _refresh(self) -> None:
         pass
 
-    def _add_rows(self, video_ids: Sequence[str], views: Sequence[int]) -> None:
-        self._table.add_segment(self._table.unplanned(video_ids, views))
+    def _add_segment(self, make: Callable[[], Segment]) -> None:
+        self._table.add_segment(make())
 
-    def _write_shard(self, shard_index: int, blocks: dict[str, Cubes]) -> dict[str, FileRecord | None]:
-        self._blocks |= {(name, shard_index): block for name, block in blocks.items()}
+    def claim(self, shard: Shard) -> Claim:
+        """As in the `FeatureStore` protocol; there is one writer."""
+        return Claim("done" if shard.index in self._table.records else "ours")
+
+    def release(self, shard: Shard) -> None:
+        """As in the `FeatureStore` protocol."""
+
+    def _write_shard(self, shard: Shard, blocks: dict[str, Cubes]) -> dict[str, FileRecord | None]:
+        self._blocks |= {(name, shard.index): block for name, block in blocks.items()}
         return dict.fromkeys(blocks)
 
     def _publish(self, record: ShardRecord) -> None:
         pass
 
-    def _read_row(self, array: str, row_index: int) -> Cubes:
-        shard_index, position = divmod(row_index, self._table.shard_rows)
+    def _read_row(self, array: str, place: int) -> Cubes:
+        shard_index, position = divmod(place, self._table.shard_rows)
         row: Cubes = self._blocks[array, shard_index][position]
         return row

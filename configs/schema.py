@@ -16,7 +16,7 @@ from extract.config import BackboneConfig, SamplingConfig
 
 
 class ExtractionConfig(BaseModel):
-    """How stage 1 drives the backbone. All but the thread count decide the numbers, so they are in the store's spec."""
+    """How stage 1 decodes and drives the backbone. The first two decide the numbers, so they are in the store's spec."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -24,8 +24,12 @@ class ExtractionConfig(BaseModel):
     """Clips per forward pass. Always full: zeros stand in where a row is missing."""
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the backbone's arithmetic (autocast where it is not float32), end to end too; float16 in stage 1 only."""
-    decode_threads: int = Field(default=2, ge=1)
-    """Videos decoded at the same time. Does not change any number."""
+    decode_workers: int | None = Field(default=None, ge=0, le=1024)
+    """Processes that decode; None: one less than the cores, at most 16. 0 decodes in this process, without the limits below."""
+    seconds_per_video: float = Field(default=120.0, gt=0, le=1e6)
+    """A video that takes longer to decode is rejected ("stopped")."""
+    decode_memory_bytes: int = Field(default=8 << 30, ge=1 << 28)
+    """Memory of each decoding process; a video that needs more is rejected ("out_of_memory")."""
 
 
 class HeadConfig(BaseModel):

@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -56,7 +56,7 @@ class ViewClips:
     reason: str | None
     """A key of REASONS when degraded."""
     num_frames: int
-    """n, frames of the whole video as decoded; a segment does not change it."""
+    """n, frames of the whole video; a segment does not change it. As decoded, or as announced behind a segment's end."""
     frame_indices: NDArray[np.int64]
     """(V, F) frame numbers in the whole video."""
     frame_seconds: NDArray[np.float64]
@@ -70,8 +70,8 @@ class FrameReader(Protocol):
         """Times of all frames before decoding."""
         ...
 
-    def frames(self, wanted: Collection[int]) -> Iterator[Decoded]:
-        """Pass over all frames in order, giving those that are wanted."""
+    def frames(self, wanted: Collection[int], stop: int | None = None) -> Iterator[Decoded]:
+        """Pass over the frames in order, giving those that are wanted; the pass may end after `stop` frames."""
         ...
 
     def observed(self) -> Timeline:
@@ -109,12 +109,12 @@ def _one_reason(source: VideoSource) -> Iterator[None]:
         raise
     except DecoderNotFoundError as error:
         raise VideoError("no_decoder", _detail(error)) from error
+    except MemoryError as error:  # PyAV's own is also an FFmpegError
+        raise VideoError("out_of_memory", _detail(error)) from error
     except FFmpegError as error:
         raise VideoError("corrupt", _detail(error)) from error
     except PermissionError as error:
         raise VideoError("permission", _detail(error)) from error
-    except MemoryError as error:
-        raise VideoError("out_of_memory", _detail(error)) from error
     # PyAV also raises IndexError, UnicodeDecodeError and others on damaged files.
     except Exception as error:
         raise VideoError("unexpected", f"{source.video_id}: {_detail(error)}") from error
@@ -129,11 +129,18 @@ def _read(source: VideoSource, sampling: SamplingConfig, views: Sequence[int]) -
     timeline = reader.announced()
     problem = timeline.problem
     plans = _plan(source, sampling, views, timeline.seconds) if len(timeline.seconds) else []
-    clips = _collect(reader, sampling, plans)
+    stop = _enough_frames(source, timeline)
+    clips = _collect(reader, sampling, plans, stop)
     observed = reader.observed()
+    if stop is not None and np.array_equal(observed.seconds, timeline.seconds[:stop]):
+        observed = replace(timeline, problem=observed.problem)
+    elif stop is not None:  # frames are missing or moved: only the whole video tells their numbers
+        clips = _collect(reader, sampling, plans)
+        observed = reader.observed()
     problem = problem or observed.problem
     if len(observed.seconds) == 0:
-        raise VideoError(problem or "no_frames", f"{source.path.name}: {len(timeline.seconds)} announced, none decoded")
+        reason = {None: "no_frames", "damaged": "corrupt"}.get(problem, problem)
+        raise VideoError(str(reason), f"{source.path.name}: {len(timeline.seconds)} frames announced, none decoded")
     if len(observed.seconds) != len(timeline.seconds):
         problem = problem or "frame_count_mismatch"
         timeline = observed
@@ -152,6 +159,17 @@ def _read(source: VideoSource, sampling: SamplingConfig, views: Sequence[int]) -
         frame_indices=frame_indices,
         frame_seconds=timeline.seconds[frame_indices],
     )
+
+
+def _enough_frames(source: VideoSource, timeline: Timeline) -> int | None:
+    """Frames up to the first one behind the segment; None where all must be decoded.
+
+    A whole video is always decoded to its end, since damage shows nowhere else, and so is one without times of its own.
+    """
+    if source.end_seconds is None or not timeline.is_timed:
+        return None
+    num_needed = int(np.searchsorted(timeline.seconds, source.end_seconds)) + 1
+    return num_needed if num_needed < len(timeline.seconds) else None
 
 
 def _open_reader(path: Path) -> FrameReader:
@@ -207,12 +225,14 @@ def _plan(source: VideoSource, sampling: SamplingConfig, views: Sequence[int], s
     return plans
 
 
-def _collect(reader: FrameReader, sampling: SamplingConfig, plans: Sequence[_ViewPlan]) -> NDArray[np.uint8]:
+def _collect(
+    reader: FrameReader, sampling: SamplingConfig, plans: Sequence[_ViewPlan], stop: int | None = None
+) -> NDArray[np.uint8]:
     """Run over the video once and keep the crops, (V, F, H, W, 3). Frames that never come stay 0; `_read` checks."""
     side = sampling.crop_size
     clips = np.zeros((len(plans), sampling.num_frames, side, side, 3), dtype=np.uint8)
     wanted = {int(index) for plan in plans for index in plan.frame_indices}
-    for frame in reader.frames(wanted):
+    for frame in reader.frames(wanted, stop):
         size = resized_size(FrameSize(frame.pixels.shape[1], frame.pixels.shape[0]), sampling.resize_size)
         if size.width * size.height > MAX_PIXELS:
             raise VideoError(

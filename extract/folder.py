@@ -45,7 +45,7 @@ class FrameFolderReader:
             raise VideoError("no_frames", f"{self.path.name} holds no file ending in {', '.join(FRAME_ENDINGS)}")
         return Timeline(np.arange(len(files), dtype=np.float64), None)
 
-    def frames(self, wanted: Collection[int]) -> Iterator[Decoded]:
+    def frames(self, wanted: Collection[int], stop: int | None = None) -> Iterator[Decoded]:  # noqa: ARG002  nothing is decoded
         """Read the wanted files only."""
         for index, file in enumerate(self.files()):
             if index in wanted:

@@ -3,17 +3,21 @@
 Letters: B clips; F frames; H W pixels.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
-from extract.backbone import Preprocessing
 from extract.config import Normalization, SamplingConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from extract.backbone import Preprocessing
 
 Pixels = NDArray[np.uint8]
 
@@ -109,6 +113,8 @@ def to_input(clips: Tensor, preprocessing: Preprocessing, normalization: Normali
     Returns:
         (B, 3, F, H, W) float32.
     """
+    import torch  # here, so that a decoding process does without
+
     if clips.dtype != torch.uint8 or clips.ndim != 5 or clips.shape[-1] != 3:
         raise ValueError(f"clips must be (B, F, H, W, 3) uint8, not {tuple(clips.shape)} {clips.dtype}")
     values = clips.permute(0, 4, 1, 2, 3).to(torch.float32, memory_format=torch.contiguous_format) / 255

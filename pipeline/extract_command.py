@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from cache.open import open_store
 from configs.load import ConfigError, find_recipe, load_config
 from configs.schema import RunConfig
-from extract.build import build_backbone
+from extract.decode import VideoSource
 from pipeline.console import progress, say
-from pipeline.extraction import ExtractionReport, build_spec, extract_videos, video_sources
-from pipeline.scoring import read_run
+from pipeline.extraction import build_spec, extract_videos, video_sources
+from pipeline.extraction_report import report_json, say_report
+from pipeline.reextraction import build_extraction_backbone, make_origin
 from pipeline.settings import SetupError
-from pipeline.setup import choose_device, load_manifest, trained_backbone
+from pipeline.setup import choose_device, load_manifest
+from pipeline.shares import Share
 
 
 def extract_to_store(
@@ -29,44 +28,44 @@ def extract_to_store(
     from_run: Path | None,
     device: str,
     overrides: tuple[str, ...],
+    retry_failed: bool = False,
+    share: Share | None = None,
 ) -> dict[str, Any]:
     """Fill a store and say what happened; the report as a JSON-able dict."""
-    config = _config(manifest, backbone, weights, store, store_kind, recipe, from_run, overrides)
-    if not config.store.path:
-        raise SetupError("no store is named. Give --store FOLDER.zarr.")
-    if config.store.kind == "memory":
-        raise SetupError("a store in memory would be gone when this command ends. Give --store FOLDER.zarr.")
+    config = extract_config(manifest, backbone, weights, store, store_kind, recipe, from_run, overrides)
     if from_run is None and config.backbone.weights == "none":
         say("warning: weights = none: the backbone is untrained, its cubes say little about what is in a video")
     chosen = choose_device(device)
-    videos = load_manifest(config)
-    if from_run is None or weights is not None:
-        built = build_backbone(config.backbone, config.sampling).to(chosen)
-    else:
-        built = trained_backbone(config, read_run(from_run, torch.device("cpu"))[1]).to(chosen)
+    videos = wanted_videos(config)
+    # The config of --from-run still names the weights that the run began with.
+    run = from_run if weights is None else None
+    built = build_extraction_backbone(config, run).to(chosen)
     spec = build_spec(config, built, chosen)
     opened = open_store(
-        config.store.path,
+        str(config.store.path),
         kind=config.store.kind,
         spec=spec,
         mode="a",
         shard_rows=config.store.shard_rows,
         compression=config.store.compression,
+        origin=make_origin(config, run),
     )
-    sources = video_sources(videos)
-    wanted = [sources[video.video_id] for video in videos.videos if not video.excluded]
     with opened, progress("extract") as on_progress:
-        report = extract_videos(opened, wanted, built, config, chosen, on_progress=on_progress)
-    _say_report(report, config.store.path)
-    facts = asdict(report)
-    facts["problems"] = [
-        {"video_id": video_id, "status": outcome.status, "reason": outcome.reason, "detail": outcome.detail}
-        for video_id, outcome in report.problems
-    ]
-    return {"store": str(config.store.path), "fingerprint": spec.fingerprint, **facts}
+        report = extract_videos(
+            opened, videos, built, config, chosen, share=share, retry=retry_failed, on_progress=on_progress
+        )
+    say_report(report, str(config.store.path))
+    return {"store": str(config.store.path), "fingerprint": spec.fingerprint, **report_json(report)}
 
 
-def _config(
+def wanted_videos(config: RunConfig) -> list[VideoSource]:
+    """What the manifest of a config names, but for excluded videos."""
+    manifest = load_manifest(config)
+    sources = video_sources(manifest)
+    return [sources[video.video_id] for video in manifest.videos if not video.excluded]
+
+
+def extract_config(
     manifest: Path | None,
     backbone: str | None,
     weights: str | None,
@@ -76,6 +75,11 @@ def _config(
     from_run: Path | None,
     overrides: tuple[str, ...],
 ) -> RunConfig:
+    """The config that the options of `mastaf extract` make.
+
+    Raises:
+        ConfigError, SetupError: they contradict each other, or something is not named.
+    """
     if backbone is not None and from_run is not None:
         raise ConfigError("--from-run takes the run's own backbone; leave --backbone out.")
     if recipe is not None and from_run is not None:
@@ -101,21 +105,9 @@ def _config(
     ):
         if value is not None:
             tables[table][key] = str(value)
-    return load_config(path, overrides, tables)
-
-
-def _say_report(report: ExtractionReport, store: str) -> None:
-    done = report.num_videos - report.num_skipped - report.num_pending
-    for video_id, outcome in report.problems:
-        say(f"{outcome.status}: {video_id}: {outcome.reason}" + (f" ({outcome.detail})" if outcome.detail else ""))
-    if report.num_rows_left:
-        say(
-            f"warning: {report.num_rows_left} planned rows were left alone, since their shards hold videos that are not in this manifest "
-            f"({report.num_pending} videos of this one are waiting there). Extract once with the manifest that they were planned by."
-        )
-    say(
-        f"{report.num_videos} videos: {report.num_ok} ok, {report.num_degraded} degraded, {report.num_rejected} rejected"
-        + (f", {report.num_pending} pending" if report.num_pending else "")
-        + f"; {report.num_skipped} were stored before, {done} done in {report.seconds:.1f} s, {report.clips_per_second:.1f} clips/s, "
-        f"bound by {report.bound_by}. Failures: mastaf store failures {store}"
-    )
+    config = load_config(path, overrides, tables)
+    if not config.store.path:
+        raise SetupError("no store is named. Give --store FOLDER.zarr.")
+    if config.store.kind == "memory":
+        raise SetupError("a store in memory would be gone when this command ends. Give --store FOLDER.zarr.")
+    return config

@@ -1,58 +1,37 @@
 """Stage 1: videos -> clips -> backbone -> cubes -> store, shard by shard.
 
-The composition of every forward batch is fixed by the shard, and zeros stand in for rows that have no clip, so the bytes of a
-row depend neither on its neighbours' fate nor on where an earlier run was killed.
+Three things go on at the same time: `extraction_feed` claims shards and decodes, this thread runs the backbone
+(`extraction_batches`), and `extraction_writer` commits. What waits between them is bounded.
 
 V videos or rows; F frames, H W pixels; C channels, T time.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 
 import av
-import numpy as np
 import torch
 from torch import nn
 
 from cache.cube import ArraySpec, Spec
-from cache.store import FeatureStore, RowOutcome, Shard
+from cache.store import FeatureStore, RowKey, Shard
 from configs.schema import RunConfig
 from episodes.datasets import Manifest
 from extract.build import weights_digest
-from extract.decode import VideoError, VideoSource, ViewClips, read_views
+from extract.decode import VideoSource
+from pipeline.extraction_batches import ShardEmbedder
+from pipeline.extraction_feed import ShardFeed, source_text
+from pipeline.extraction_report import Clock, ExtractionReport, Work, make_report, worst_outcomes
+from pipeline.extraction_writer import ShardWriter
+from pipeline.interrupts import PromptStop, Stopped
 from pipeline.model import cube_shape, describe_backbone, forward_in_full_batches
+from pipeline.shares import Share
 
-
-@dataclass(frozen=True, slots=True)
-class ExtractionReport:
-    """What stage 1 did in this call."""
-
-    num_videos: int
-    """Videos asked for."""
-    num_skipped: int
-    """Of these, stored before this call."""
-    num_ok: int
-    num_degraded: int
-    num_rejected: int
-    """Outcomes of all videos asked for, those stored before included."""
-    num_pending: int
-    """Videos that could not be done now, since their shard also holds videos of another manifest. The four sum to `num_videos`."""
-    num_rows_left: int
-    """Rows of the store in shards that were left alone for that reason."""
-    seconds: float
-    """Wall clock of this call."""
-    clips_per_second: float
-    """Clips done now per second."""
-    bound_by: str
-    """What took the most of the main thread's time: "decoding", "backbone" or "writing"; "nothing to do" where all was stored."""
-    problems: tuple[tuple[str, RowOutcome], ...] = field(default=())
-    """(video_id, outcome) of every video asked for that is degraded or rejected."""
+__all__ = ["ChangedInput", "ExtractionReport", "build_spec", "extract_videos", "plan_videos", "video_sources"]
 
 
 def video_sources(manifest: Manifest) -> dict[str, VideoSource]:
@@ -93,91 +72,22 @@ def build_spec(config: RunConfig, backbone: nn.Module, device: torch.device) -> 
     )
 
 
-def extract_videos(
-    store: FeatureStore,
-    videos: Sequence[VideoSource],
-    backbone: nn.Module,
-    config: RunConfig,
-    device: torch.device,
-    views: Sequence[int] | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> ExtractionReport:
-    """Fill a store; what is stored already is skipped.
-
-    A shard is done whole or not at all. One that was planned by another call and holds videos that are not among `videos` is
-    left pending and counted: its files are not known here, and rejecting them would lose them.
-
-    Args:
-        store: opened for writing with the spec of `build_spec`.
-        videos: what to extract, in the order of the rows.
-        backbone: in evaluation mode on `device`.
-        config: sampling, extraction and store tables are used.
-        device: where the backbone runs.
-        views: which views; None: 0 .. sampling.num_views - 1.
-        on_progress: called with (rows done, rows pending at the start).
-
-    Raises:
-        VideoTooShortError: with ``short_policy = "fail"``, the first video that is too short; what was committed stays.
-        ChangedInput: a video is stored, but from another file or stretch than now.
-    """
-    started = time.perf_counter()
-    wanted_views = list(range(config.sampling.num_views)) if views is None else list(views)
-    ids = [video.video_id for video in videos]
-    done_before = {
-        video_id for video_id in ids if all(store.outcome(video_id, view) is not None for view in wanted_views)
-    }
-    by_id = {video.video_id: video for video in videos}
-    _refuse_changed_inputs(store, videos, wanted_views)
-    store.plan(ids, wanted_views)
-    pending = store.pending()
-    shards = [shard for shard in pending if all(row.video_id in by_id for row in shard.rows)]
-    num_rows_left = sum(len(shard.rows) for shard in pending) - sum(len(shard.rows) for shard in shards)
-    total = sum(len(shard.rows) for shard in shards)
-    clock = {"decoding": 0.0, "backbone": 0.0, "writing": 0.0}
-    num_rows = 0
-    backbone.eval()
-    with _DecodedAhead(shards, by_id, config) as decoded:
-        for shard in shards:
-            _extract_shard(store, shard, decoded, backbone, config, device, clock)
-            num_rows += len(shard.rows)
-            on_progress(num_rows, total)
-    seconds = time.perf_counter() - started
-    outcomes = {video_id: _worst(store, video_id, wanted_views) for video_id in ids}
-    return _report(outcomes, len(done_before), num_rows, num_rows_left, seconds, clock)
-
-
-def _report(
-    outcomes: Mapping[str, RowOutcome | None],
-    num_skipped: int,
-    num_rows: int,
-    num_rows_left: int,
-    seconds: float,
-    clock: Mapping[str, float],
-) -> ExtractionReport:
-    statuses = Counter("pending" if outcome is None else outcome.status for outcome in outcomes.values())
-    return ExtractionReport(
-        num_videos=len(outcomes),
-        num_skipped=num_skipped,
-        num_ok=statuses["ok"],
-        num_degraded=statuses["degraded"],
-        num_rejected=statuses["rejected"],
-        num_pending=statuses["pending"],
-        num_rows_left=num_rows_left,
-        seconds=seconds,
-        clips_per_second=num_rows / seconds if seconds > 0 else 0.0,
-        bound_by=max(clock, key=lambda name: clock[name]) if num_rows else "nothing to do",
-        problems=tuple((name, found) for name, found in outcomes.items() if found is not None and found.status != "ok"),
-    )
-
-
 class ChangedInput(ValueError):
     """A stored row was made from another file or another stretch of it than the manifest names now."""
 
 
-def source_text(video: VideoSource) -> str:
-    """What tells whether a row was made from this input: the stretch, and the file's size (moving a file changes nothing)."""
-    size = video.path.stat().st_size if video.path.is_file() else None
-    return f"bytes={size} start={video.start_seconds} end={video.end_seconds}"
+def plan_videos(store: FeatureStore, videos: Sequence[VideoSource], views: Sequence[int], retry: bool = False) -> None:
+    """Plan what is not in the store yet; with `retry`, also plan the rejected rows of these videos anew.
+
+    Raises:
+        ChangedInput: a video is stored, but from another file or stretch than now. Rejected rows may come from a mended file.
+    """
+    _refuse_changed_inputs(store, videos, views)
+    store.plan([video.video_id for video in videos], views)
+    if retry:
+        rows = [RowKey(video.video_id, view) for video in videos for view in views]
+        outcomes = ((row, store.outcome(row.video_id, row.view)) for row in rows)
+        store.replan([row for row, outcome in outcomes if outcome is not None and outcome.status == "rejected"])
 
 
 def _refuse_changed_inputs(store: FeatureStore, videos: Sequence[VideoSource], views: Sequence[int]) -> None:
@@ -194,132 +104,164 @@ def _refuse_changed_inputs(store: FeatureStore, videos: Sequence[VideoSource], v
         )
 
 
-def _worst(store: FeatureStore, video_id: str, views: Sequence[int]) -> RowOutcome | None:
-    """The worst outcome of a video's views; None while one of them is not extracted."""
-    outcomes = [store.outcome(video_id, view) for view in views]
-    found = [outcome for outcome in outcomes if outcome is not None]
-    if len(found) < len(outcomes):
-        return None
-    return max(found, key=lambda outcome: ("ok", "degraded", "rejected").index(outcome.status))
-
-
-def _extract_shard(
+def extract_videos(
     store: FeatureStore,
-    shard: Shard,
-    decoded: Iterator[tuple[str, dict[int, np.ndarray] | None, RowOutcome]],
+    videos: Sequence[VideoSource],
     backbone: nn.Module,
     config: RunConfig,
     device: torch.device,
-    clock: dict[str, float],
-) -> None:
-    sampling, batch_size = config.sampling, config.extraction.forward_batch
-    arrays = {
-        name: np.full((len(shard.rows), *spec.shape), np.nan, dtype=spec.dtype)
-        for name, spec in store.spec.arrays.items()
-    }
-    outcomes: list[RowOutcome] = []
-    current: tuple[str, dict[int, np.ndarray] | None, RowOutcome] | None = None
-    shape = (batch_size, sampling.num_frames, sampling.crop_size, sampling.crop_size, 3)
-    for start in range(0, len(shard.rows), batch_size):
-        rows = shard.rows[start : start + batch_size]
-        clips = np.zeros(shape, dtype=np.uint8)
-        mark = time.perf_counter()
-        for offset, row in enumerate(rows):
-            if current is None or current[0] != row.video_id:
-                current = next(decoded)
-            if current[1] is not None:
-                clips[offset] = current[1][row.view]
-            outcomes.append(current[2])
-        clock["decoding"] += time.perf_counter() - mark
-        mark = time.perf_counter()
-        with torch.no_grad():
-            cubes = forward_in_full_batches(
-                backbone, torch.from_numpy(clips).to(device), sampling, batch_size, config.extraction.compute_dtype
-            )
-        for name, values in cubes.items():
-            # An overflow to float16 infinity is found, counted and rejected just below.
-            with np.errstate(over="ignore"):
-                arrays[name][start : start + len(rows)] = values[: len(rows)].cpu().numpy().astype(arrays[name].dtype)
-        clock["backbone"] += time.perf_counter() - mark
-    mark = time.perf_counter()
-    store.commit(shard, *_without_bad_rows(arrays, outcomes))
-    clock["writing"] += time.perf_counter() - mark
+    views: Sequence[int] | None = None,
+    share: Share | None = None,
+    retry: bool = False,
+    only_pending: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ExtractionReport:
+    """Fill a store; what is stored already is skipped.
 
+    A shard is done whole or not at all. One that was planned by another call and holds videos that are not among `videos` is
+    left pending and counted: its files are not known here, and rejecting them would lose them. So is one that another process
+    is making.
 
-def _without_bad_rows(
-    arrays: dict[str, np.ndarray], outcomes: list[RowOutcome]
-) -> tuple[dict[str, np.ndarray], list[RowOutcome]]:
-    """Reject rows with values that are not finite (one would poison every episode that draws it); give rejected rows NaN."""
-    checked = list(outcomes)
-    for index, outcome in enumerate(outcomes):
-        if outcome.status != "rejected":
-            bad = [name for name, values in arrays.items() if not np.isfinite(values[index]).all()]
-            if bad:
-                detail = f"{', '.join(bad)}: not all values are finite as {arrays[bad[0]].dtype}; try store.dtype = 'float32'"
-                checked[index] = RowOutcome("rejected", "not_finite", detail, outcome.source)
-        if checked[index].status == "rejected":
-            for values in arrays.values():
-                values[index] = np.nan
-    return arrays, checked
+    Args:
+        store: opened for writing with the spec of `build_spec`.
+        videos: what to extract, in the order of the rows.
+        backbone: in evaluation mode on `device`.
+        config: sampling and extraction tables are used.
+        device: where the backbone runs.
+        views: which views; None: 0 .. sampling.num_views - 1.
+        share: which shards are this process's work; None: all.
+        retry: make the rejected rows of these videos anew.
+        only_pending: plan nothing, and finish what was planned of these videos, in all its views.
+        on_progress: called with (rows embedded, rows to do) in this thread.
 
-
-class _DecodedAhead:
-    """Decode the videos of some shards ahead, in order, on a few threads; a context manager around an iterator.
-
-    Gives (video_id, clips by view or None, outcome). At most four videos per thread wait decoded, so memory is bounded.
+    Raises:
+        VideoTooShortError: with ``short_policy = "fail"``, the first video that is too short; what was committed stays.
+        ChangedInput: a video is stored, but from another file or stretch than now.
+        StoreError: a shard could not be written; those before it stay.
+        Stopped: SIGINT, SIGTERM or SIGUSR1 came; what was committed stays. Only in the main thread.
     """
+    started = time.perf_counter()
+    by_id = {video.video_id: video for video in videos}
+    if only_pending:
+        asked = _planned_views(store, by_id)
+    else:
+        wanted_views = list(range(config.sampling.num_views)) if views is None else list(views)
+        plan_videos(store, videos, wanted_views, retry)
+        asked = dict.fromkeys(by_id, wanted_views)
+    num_skipped = sum(outcome is not None for outcome in worst_outcomes(store, asked).values())
+    pending = store.pending()
+    known = [shard for shard in pending if _is_known(store, shard, by_id)]
+    own = share.pick(known) if share is not None else known
+    work = _Extraction(store, own, by_id, backbone, config, device, on_progress)
+    work.run()
+    known_rows = {shard.index: sum(store.wanted(shard)) for shard in known}
+    unfinished = {shard.index for shard in store.pending()}
+    return make_report(
+        worst_outcomes(store, asked),
+        num_skipped,
+        Work(
+            num_clips=work.writer.num_rows,
+            num_bytes=work.writer.num_bytes,
+            num_rows_left=sum(len(shard.rows) for shard in pending) - sum(len(shard.rows) for shard in known),
+            num_rows_elsewhere=sum(rows for index, rows in known_rows.items() if index in unfinished),
+            num_restarts=work.feed.num_restarts,
+            holders=work.feed.holders,
+            seconds=time.perf_counter() - started,
+            clock=work.clock,
+        ),
+    )
 
-    def __init__(self, shards: Iterable[Shard], videos: dict[str, VideoSource], config: RunConfig) -> None:
-        self._tasks = iter(_tasks(shards))
-        self._videos = videos
-        self._sampling = config.sampling
-        self._pool = ThreadPoolExecutor(config.extraction.decode_threads, thread_name_prefix="decode")
-        self._queue: deque[tuple[str, list[int], Future[ViewClips]]] = deque()
-        self._ahead = 4 * config.extraction.decode_threads
 
-    def __enter__(self) -> _DecodedAhead:
-        return self
+def _planned_views(store: FeatureStore, videos: Mapping[str, VideoSource]) -> dict[str, list[int]]:
+    planned: dict[str, list[int]] = {}
+    for row in store.rows():
+        if row.video_id in videos:
+            planned.setdefault(row.video_id, []).append(row.view)
+    return planned
 
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def __iter__(self) -> _DecodedAhead:
-        return self
+def _is_known(store: FeatureStore, shard: Shard, videos: Mapping[str, VideoSource]) -> bool:
+    return all(row.video_id in videos for row, wanted in zip(shard.rows, store.wanted(shard), strict=True) if wanted)
 
-    def __next__(self) -> tuple[str, dict[int, np.ndarray] | None, RowOutcome]:
-        while len(self._queue) < self._ahead:
-            task = next(self._tasks, None)
-            if task is None:
+
+class _StopAsked(Exception):
+    """Leads out of the work after a signal."""
+
+
+class _Extraction:
+    """The work on some shards."""
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        shards: Sequence[Shard],
+        videos: Mapping[str, VideoSource],
+        backbone: nn.Module,
+        config: RunConfig,
+        device: torch.device,
+        on_progress: Callable[[int, int], None],
+    ) -> None:
+        self.feed = ShardFeed(store, shards, videos, config.sampling, config.extraction)
+        self.writer = ShardWriter(store, on_commit=self.feed.committed)
+        self.clock = Clock()
+        self._embedder = ShardEmbedder(store.spec, backbone.eval(), config, device)
+        self._num_rows = sum(len(shard.rows) for shard in shards)
+        self._num_shards = len(shards)
+        self._on_progress = on_progress
+        self._stop = PromptStop(self._last_words)
+
+    def run(self) -> None:
+        """Do it; raises what `extract_videos` raises."""
+        if not self._num_shards:
+            return
+        is_stopped = False
+        with self._stop:
+            try:
+                with self.feed, self.writer:
+                    self._pass_all_rows()
+            except _StopAsked:
+                is_stopped = True
+        if is_stopped:
+            assert self._stop.signal_number is not None
+            raise Stopped(self._stop.signal_number, self._saved())
+
+    def _pass_all_rows(self) -> None:
+        num_passed = 0
+        while True:
+            with self.clock.counts("decoding"):
+                rows = self.feed.next_rows(self._check)
+            if rows is None:
                 break
-            video_id, views = task
-            self._queue.append(
-                (video_id, views, self._pool.submit(read_views, self._videos[video_id], self._sampling, views))
-            )
-        if not self._queue:
-            raise StopIteration
-        video_id, views, future = self._queue.popleft()
-        source = source_text(self._videos[video_id])
-        try:
-            result = future.result()
-        except VideoError as error:
-            return video_id, None, RowOutcome("rejected", error.reason, error.detail, source)
-        clips = dict(zip(views, result.clips, strict=True))
-        return video_id, clips, RowOutcome(result.status, result.reason, None, source)
+            for row in rows:
+                self._check()
+                with self.clock.counts("backbone"):
+                    finished = self._embedder.add(row)
+                if finished is not None:
+                    with self.clock.counts("writing"):
+                        self.writer.submit(finished, self._check)
+            num_passed += len(rows)
+            self._on_progress(num_passed, self._num_rows - self.feed.num_rows_passed_over)
+        with self.clock.counts("writing"):
+            self.writer.finish(self._check)
 
+    def _check(self) -> None:
+        if self._stop.signal_number is not None:
+            raise _StopAsked
+        if self.writer.error is not None:
+            raise self.writer.error
 
-def _tasks(shards: Iterable[Shard]) -> Iterator[tuple[str, list[int]]]:
-    """The runs of rows of one video within a shard, in order."""
-    for shard in shards:
-        task: tuple[str, list[int]] | None = None
-        for row in shard.rows:
-            if task is not None and task[0] == row.video_id:
-                task[1].append(row.view)
-                continue
-            if task is not None:
-                yield task
-            task = (row.video_id, [row.view])
-        if task is not None:
-            yield task
+    def _last_words(self) -> str:
+        """Called when the work does not end: a lock may never be free again, so that giving back may fail."""
+        giving = threading.Thread(target=self.feed.give_back, daemon=True)
+        giving.start()
+        giving.join(timeout=1.0)
+        return self._saved()
+
+    def _saved(self) -> str:
+        return (
+            f"{self.writer.num_rows} of {self._num_rows} clips ({self.writer.num_shards} of {self._num_shards} shards) "
+            "were committed; run the same command again to go on"
+        )
 
 
 def _major(package: str) -> int:

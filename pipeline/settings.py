@@ -6,7 +6,7 @@ from typing import Any
 
 from cache.open import open_store
 from cache.store import FeatureStore, SpecMismatch
-from configs.schema import ExtractionConfig, RunConfig
+from configs.schema import RunConfig
 from extract.build import build_backbone, weights_digest
 from extract.config import BackboneConfig, SamplingConfig
 
@@ -92,10 +92,8 @@ def with_settings_of(store: FeatureStore, config: RunConfig) -> RunConfig:
             "backbone": BackboneConfig(
                 name=spec.backbone["name"], weights=DIGEST + spec.weights_digest, options=options
             ),
-            "extraction": ExtractionConfig(
-                forward_batch=spec.compute["forward_batch"],
-                compute_dtype=spec.compute["dtype"],
-                decode_threads=config.extraction.decode_threads,
+            "extraction": config.extraction.model_copy(
+                update={"forward_batch": spec.compute["forward_batch"], "compute_dtype": spec.compute["dtype"]}
             ),
             "store": config.store.model_copy(update={"dtype": spec.arrays[config.head.array].dtype}),
         }

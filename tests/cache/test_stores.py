@@ -4,9 +4,11 @@ from pathlib import Path
 import pytest
 
 from cache.cube import Spec
-from cache.open import STORES, open_store
+from cache.open import KINDS, open_store
 from cache.store import FeatureStore
 from contracts.store_contract import StoreContract, StoreFactory
+
+COMPRESSED = (("zarr", "zstd"), ("zarr", "gzip"), ("hdf5", "gzip"))
 
 
 @dataclass
@@ -28,7 +30,7 @@ class OpenedByKind:
 
 
 class TestEveryStore(StoreContract):
-    @pytest.fixture(params=[*((kind, "none") for kind in STORES), ("zarr", "zstd")], ids="-".join)
+    @pytest.fixture(params=[*((kind, "none") for kind in KINDS), *COMPRESSED], ids="-".join)
     def factory(self, request: pytest.FixtureRequest, tmp_path: Path) -> StoreFactory:
         kind, compression = request.param
         return OpenedByKind(kind, compression, tmp_path / "store")

@@ -80,6 +80,7 @@ class World:
                 "backbone.weights=random:1",
                 "backbone.options.width=4",
                 "extraction.forward_batch=4",
+                "extraction.decode_workers=0",
                 "store.shard_rows=8",
                 "store.dtype=float32",
                 "episodes.n_way=2",

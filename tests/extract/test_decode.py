@@ -1,7 +1,7 @@
 """Reading real video files: which frames come back, when they are shown, and how they are cut."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from PIL import Image
 
 from extract import container
 from extract.config import SamplingConfig
+from extract.container_times import FrameTimes
 from extract.decode import VideoSource, VideoTooShortError, ViewClips, read_views
 from extract.folder import FrameFolderReader
 
@@ -189,6 +190,88 @@ def test_segment_shorter_than_the_clip_is_padded(write_video: WriteVideo) -> Non
     assert result.reason == "short_video"
 
 
+def count_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of frames that each later pass of decoding goes through."""
+    passes: list[int] = []
+    decode = container.VideoFileReader._decode
+
+    def counted(self: container.VideoFileReader, *arguments: Any) -> Iterator[Any]:
+        passes.append(0)
+        for frame in decode(self, *arguments):
+            passes[-1] += 1
+            yield frame
+
+    monkeypatch.setattr(container.VideoFileReader, "_decode", counted)
+    return passes
+
+
+SEGMENT_FILES = ["h264.mp4", "h264.mkv", "h264.ts", "variable.mkv", "bframes.avi", "raw.h264", "fragmented.mp4"]
+
+
+@pytest.mark.parametrize("name", SEGMENT_FILES)
+def test_segment_is_decoded_no_further_than_its_end_and_gives_the_same_numbers(
+    name: str, write_video: WriteVideo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_video(name, **FILES[name])
+    passes = count_decoded(monkeypatch)
+    short = read(path, start_seconds=0.1, end_seconds=0.6)
+    assert len(passes) == 1
+    monkeypatch.setattr("extract.decode._enough_frames", lambda *_: None)
+    full = read(path, start_seconds=0.1, end_seconds=0.6)
+    assert passes[1] == 40
+    assert (passes[0] < 25) == (name != "raw.h264")  # which carries no times of its own
+    for field in ("clips", "frame_indices", "frame_seconds"):
+        np.testing.assert_array_equal(getattr(short, field), getattr(full, field))
+    assert (short.status, short.reason, short.num_frames) == (full.status, full.reason, full.num_frames)
+
+
+def test_segment_behind_missing_frames_is_told_by_decoding_to_the_end(
+    write_video: WriteVideo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_video("holes.mp4", codec_options={"preset": "ultrafast", "g": "1"})
+    decode = container.VideoFileReader._decode
+
+    def with_a_hole(self: container.VideoFileReader, *arguments: Any) -> Iterator[Any]:
+        yield from (frame for index, frame in enumerate(decode(self, *arguments)) if index != 5)
+
+    monkeypatch.setattr(container.VideoFileReader, "_decode", with_a_hole)
+    result = read(path, start_seconds=0.4, end_seconds=0.8)
+    assert (result.status, result.reason, result.num_frames) == ("degraded", "frame_count_mismatch", 39)
+    assert seen_frames(result.clips)[0].tolist() == (result.frame_indices[0] + 1).tolist()
+
+
+def test_whole_video_is_decoded_to_its_end(write_video: WriteVideo, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = count_decoded(monkeypatch)
+    path = write_video("whole.mp4")
+    read(path)
+    read(path, start_seconds=0.4)
+    read(path, start_seconds=0.4, end_seconds=60.0)
+    assert passes == [40, 40, 40]
+
+
+@pytest.mark.parametrize(
+    "clock", [Fraction(1, 12800), Fraction(1, 90000), Fraction(1001, 30000), Fraction(1, 10**9), Fraction(2**40, 3)]
+)
+def test_times_are_those_of_exact_fractions(clock: Fraction) -> None:
+    ticks = np.random.default_rng(0).integers(-(2**40), 2**40, 500).tolist()
+    times = FrameTimes()
+    for tick in ticks:
+        times.add(tick, clock)
+    expected = [float((tick - min(ticks)) * clock) for tick in sorted(ticks)]
+    assert times.seconds(Fraction(25)).tolist() == expected
+    times.add(None, clock)
+    assert times.seconds(Fraction(25)).tolist() == (np.arange(501) / 25).tolist()
+    with pytest.raises(ValueError, match="after others at"):
+        times.add(1, Fraction(1, 7))
+
+
+def test_times_at_the_ends_of_the_number_range_do_not_overflow() -> None:
+    times = FrameTimes()
+    for tick in (2**63 - 1, -(2**63)):
+        times.add(tick, Fraction(1, 3))
+    assert times.seconds(Fraction(25)).tolist() == [0.0, (2**64 - 1) / 3]
+
+
 def test_frame_folder_reads_like_a_video(tmp_path: Path) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (20, 30, 44, 3), dtype=np.uint8)
     for index, picture in enumerate(pictures):
@@ -254,7 +337,9 @@ def test_wrong_frame_count_is_sampled_again_from_the_decoded_frames(
 
     def too_many(*arguments: Any) -> object:
         found = survey(*arguments)
-        found.times.extend([Fraction(index, 25) for index in (20, 21, 22)])
+        assert found.times.clock is not None
+        for index in (20, 21, 22):
+            found.times.add(int(Fraction(index, 25) / found.times.clock), found.times.clock)
         return found
 
     monkeypatch.setattr(container, "_survey", too_many)
