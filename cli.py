@@ -157,14 +157,13 @@ def check(manifest: Path, name: str | None, allow_overlap: bool, as_json: bool) 
 @click.option(
     "--from-store",
     "store",
-    type=click.Path(exists=True, path_type=Path),
     required=True,
     help="Store whose rejected videos go.",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="New manifest (.csv), with a new split hash."
 )
-def exclude(manifest: Path, store: Path, out: Path) -> None:
+def exclude(manifest: Path, store: str, out: Path) -> None:
     """Write a manifest whose episodes leave out, openly, the videos that extraction rejected."""
     from pipeline.dataset_commands import exclude_to_file
 
@@ -178,7 +177,7 @@ def exclude(manifest: Path, store: Path, out: Path) -> None:
 @click.option("--backbone", help="A name from `mastaf list backbones`.")
 @click.option("--weights", help="FILE, random:SEED, pretrained, or none.")
 @click.option(
-    "--store", type=click.Path(path_type=Path), help="Store to fill (.zarr); default: store.path of the config."
+    "--store", help="Store to fill: FOLDER.zarr, FOLDER.h5 or s3://BUCKET/NAME.zarr; default: store.path of the config."
 )
 @click.option("--store-kind", help="Backend, where the store's ending does not tell.")
 @click.option("--config", "recipe", help="Recipe with [sampling], [backbone], [extraction], [store].")
@@ -235,18 +234,18 @@ def store() -> None:
 
 
 @store.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path")
 @click.option("--watch", "is_watched", is_flag=True, help="Show how it fills, until it is complete.")
 @click.option(
     "--interval", default=5.0, show_default=True, type=click.FloatRange(min=0.1), help="Of --watch, in seconds."
 )
 @_json
-def info(path: Path, is_watched: bool, interval: float, as_json: bool) -> None:
+def info(path: str, is_watched: bool, interval: float, as_json: bool) -> None:
     """What a store holds: counts, shapes, bytes, fingerprint, content hash."""
     if is_watched:
         from pipeline.watch import watch_store
 
-        watch_store(str(path), interval, as_json)
+        watch_store(path, interval, as_json)
         return
     from cache.open import open_store
     from cache.summary import summarise
@@ -261,9 +260,9 @@ def info(path: Path, is_watched: bool, interval: float, as_json: bool) -> None:
 
 
 @store.command("failures")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path")
 @_json
-def failures_command(path: Path, as_json: bool) -> None:
+def failures_command(path: str, as_json: bool) -> None:
     """Every video that is not ok, with its reason."""
     from cache.open import open_store
     from cache.summary import failures
@@ -366,6 +365,33 @@ def convert_command(as_json: bool, **options: Any) -> None:
         _print_json(report)
 
 
+@store.command("plan")
+@click.argument("path")
+@click.option("--manifest", type=click.Path(path_type=Path), help="Manifest (.csv).")
+@click.option("--backbone", help="A name from `mastaf list backbones`.")
+@click.option("--weights", help="FILE, random:SEED, pretrained, or none.")
+@click.option("--config", "recipe", help="Recipe with [sampling], [backbone], [extraction], [store].")
+@click.option(
+    "--from-run",
+    type=click.Path(exists=True, path_type=Path),
+    help="Use sampling and trained backbone of an end-to-end run.",
+)
+@click.option(
+    "--sample", "num_sampled", default=64, show_default=True, type=click.IntRange(min=5), help="Videos to measure with."
+)
+@click.option("--processes", "num_processes", default=1, show_default=True, type=click.IntRange(min=1))
+@_device
+@_set
+@_json
+def plan_command(as_json: bool, **options: Any) -> None:
+    """Bytes, files and hours that filling PATH will take, measured on a sample; PATH is not touched."""
+    from pipeline.store_plan import plan_store
+
+    plan = plan_store(**options)
+    if as_json:
+        _print_json(plan)
+
+
 @mastaf.command()
 @click.argument("recipe")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run; default: runs/RECIPE.")
@@ -385,9 +411,7 @@ def train(recipe: str, out: Path | None, resume: bool, device: str, overrides: t
 @click.option("--episodes", type=click.IntRange(min=1), help="Default: evaluation.episodes of the run (10,000).")
 @click.option("--shots", type=click.IntRange(min=1), help="Another k_shot than the run was trained with.")
 @click.option("--queries", type=click.IntRange(min=1), help="Another n_query than the run was trained with.")
-@click.option(
-    "--store", "store_path", type=click.Path(exists=True), help="Score on this store instead of the run's own source."
-)
+@click.option("--store", "store_path", help="Score on this store instead of the run's own source.")
 @click.option(
     "--manifest",
     type=click.Path(exists=True, dir_okay=False),

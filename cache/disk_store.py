@@ -214,7 +214,7 @@ class DiskStore(TableStore):
 
     def close(self) -> None:
         """Let go of leases, ledger and files."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, StoreError):
             self._leases.close()
         self._ledger.close()
         self._format.close()

@@ -66,7 +66,10 @@ class Files(Protocol):
         """Remove a file; none is no error."""
 
     def remove_litter(self) -> None:
-        """Remove what killed writers left half-written. Call it while no other writer is alive."""
+        """Remove what killed writers left half-written, and force to disk what they left whole.
+
+        Call it while no other writer is alive.
+        """
 
     def new_log(self, folder: str) -> Log:
         """A log under a name of its own, `FOLDER/HOST-PID-RANDOM.jsonl`."""
@@ -110,11 +113,17 @@ def fsync_folder(folder: str | Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and the folders above it, each one durable."""
-    if not folder.is_dir():
+    """Make a folder and the folders above it, each one durable.
+
+    One that is there is forced to disk as well: its maker may have been killed before it did so.
+    """
+    was_there = folder.is_dir()
+    if not was_there:
         make_folder(folder.parent)
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
+    # A folder that we may write in can lie in one that we may not even list.
+    if not was_there or os.access(folder.parent, os.R_OK):
         fsync_folder(folder.parent)
 
 
@@ -125,6 +134,8 @@ class LocalFiles:
         self.root = root
         self.url = str(root)
         self._lease_seconds = lease_seconds
+        self._durable: set[Path] = set()
+        """Folders that are known to be on the disk."""
 
     def path_of(self, name: str) -> str:
         """As in the `Files` protocol."""
@@ -155,7 +166,7 @@ class LocalFiles:
         path = self.root / name
         aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
         with _told_by_name(path):
-            make_folder(path.parent)
+            self._make_folder(path.parent)
             try:
                 with aside.open("xb", buffering=0) as file:
                     _write_all(file, data)
@@ -169,6 +180,13 @@ class LocalFiles:
                 aside.unlink(missing_ok=True)
             fsync_folder(path.parent)
 
+    def _make_folder(self, folder: Path) -> None:
+        if folder not in self._durable:
+            if folder != self.root:
+                self._make_folder(folder.parent)
+            make_folder(folder)
+            self._durable.add(folder)
+
     def delete(self, name: str) -> None:
         """As in the `Files` protocol."""
         path = self.root / name
@@ -181,20 +199,28 @@ class LocalFiles:
         for path in self.root.rglob(f"*{PARTIAL}"):
             with _told_by_name(path):
                 path.unlink(missing_ok=True)
+        # What they left whole, we build upon: a name, or a line of the ledger, may not be on the disk yet.
+        for name in self.sizes("ledger"):
+            with _told_by_name(self.root / name), (self.root / name).open("rb") as file:
+                os.fsync(file.fileno())
+        for parent, _, _ in os.walk(self.root):
+            with _told_by_name(Path(parent)):
+                fsync_folder(parent)
 
     def new_log(self, folder: str) -> Log:
         """As in the `Files` protocol."""
         with _told_by_name(self.root / folder):
-            make_folder(self.root / folder)
+            self._make_folder(self.root / folder)
         return _LocalLog(self.root, f"{folder}/{host_name()}-{os.getpid()}-{secrets.token_hex(4)}.jsonl")
 
     def is_alive(self, log_name: str) -> bool:
         """As in the `Files` protocol."""
         try:
             with (self.root / log_name).open("rb") as file:
-                if _try_lock(file, fcntl.LOCK_SH) == "busy":
+                state = _try_lock(file, fcntl.LOCK_SH)
+                if state == "busy":
                     return True
-                if log_name.rsplit("/", 1)[-1].startswith(f"{host_name()}-"):
+                if state == "held" and log_name.rsplit("/", 1)[-1].startswith(f"{host_name()}-"):
                     return False
                 # Another machine's locks may not reach us: its clock, as the file system sees it, decides.
                 last_beat = os.fstat(file.fileno()).st_mtime
@@ -223,7 +249,7 @@ class LocalFiles:
         """As in the `Files` protocol. Freed by the system when its holder dies."""
         path = self.root / "ledger" / "lock"
         with _told_by_name(path):
-            make_folder(path.parent)
+            self._make_folder(path.parent)
             file = path.open("ab")
         with file:
             with _told_by_name(path):

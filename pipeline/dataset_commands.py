@@ -85,7 +85,7 @@ def check_file(path: Path, name: str | None, allow_overlap: bool) -> tuple[dict[
     return found.to_dict(), lines, not found.missing and (allow_overlap or not found.overlaps)
 
 
-def exclude_to_file(manifest_path: Path, store_path: Path, out: Path) -> None:
+def exclude_to_file(manifest_path: Path, store_path: str, out: Path) -> None:
     """Write a manifest without the videos that a store rejected.
 
     Raises:

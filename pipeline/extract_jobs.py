@@ -143,9 +143,10 @@ def _slurm(options: Mapping[str, Any], launch: LaunchOptions) -> str:
         )
     config = _config(options)
     assert launch.slurm_tasks is not None
-    store = Path(str(config.store.path)).absolute()
+    store = str(config.store.path)
+    log = Path.cwd() / "mastaf-extract" if "://" in store else Path(store).absolute()
     command = launch.command("slurm", "slurm_tasks", "slurm_options")
-    job = SlurmJob(command, launch.slurm_tasks, store, Path.cwd(), parse_options(launch.slurm_options))
+    job = SlurmJob(command, launch.slurm_tasks, log, Path.cwd(), parse_options(launch.slurm_options))
     return job.script() if launch.slurm == "print" else submit(job.script())
 
 

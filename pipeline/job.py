@@ -74,14 +74,19 @@ class Start:
     """time.monotonic()."""
 
 
-def note_start(job: Job) -> Start:
-    """Call it before the first process is started."""
+def note_start(job: Job, retry: bool = False) -> Start:
+    """Call it before the first process is started.
+
+    Args:
+        retry: rejected videos will be made anew, so they do not count as stored.
+    """
     started, store = time.monotonic(), job.open()
     if store is None:
         return Start(0, 0, started)
     with store:
-        stored = [found for found in worst_outcomes(store, job.asked).values() if found is not None]
-        return Start(len(stored), _num_done(store), started)
+        found = worst_outcomes(store, job.asked).values()
+        num_skipped = sum(one is not None and not (retry and one.status == "rejected") for one in found)
+        return Start(num_skipped, _num_done(store), started)
 
 
 def report_job(job: Job, start: Start, reports: Sequence[Mapping[str, Any]]) -> ExtractionReport:
@@ -98,7 +103,8 @@ def report_job(job: Job, start: Start, reports: Sequence[Mapping[str, Any]]) -> 
         raise StoreError(f"the processes ended, but there is no store at {job.store}; run the command again")
     with store:
         outcomes = worst_outcomes(store, job.asked)
-        num_clips = max(0, _num_done(store) - start.num_done)
+        # Processes that died report nothing, and rows that were made anew were done before.
+        num_clips = max(_num_done(store) - start.num_done, sum(report["num_clips"] for report in reports))
         row_bytes = sum(prod(array.shape) * int(array.dtype[-2:]) // 8 for array in store.spec.arrays.values())
         num_rows_elsewhere = store.counts()["pending"]
         holders = Counter(holder.split(", since ")[0] for holder in store.holders().values())

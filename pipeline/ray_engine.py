@@ -5,13 +5,15 @@ One item is one shard, and there are two stages (`ray_stages`): CPU tasks decode
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from pipeline.extraction_report import ExtractionReport
 from pipeline.interrupts import Stopped, StopRequest
 from pipeline.job import Job, note_start, report_job
 from pipeline.launch import LaunchError, num_cores
-from pipeline.ray_stages import ShardActor, ShardItem, decode_shard
+from pipeline.ray_stages import ActorSettings, ShardActor, ShardDecoder, ShardItem
 
 POLL_SECONDS = 0.5
 SHUTDOWN_SECONDS = 30.0
@@ -49,8 +51,8 @@ SETTINGS = {
 """Environment variables that Ray reads when it starts: no reports over the network, and no words on stderr but ours."""
 
 
-class RayStalled(RuntimeError):
-    """Ray made no progress; what was committed stays."""
+class RayFailed(RuntimeError):
+    """Ray ended by itself or made no progress; what was committed stays."""
 
     exit_code = 2
 
@@ -80,10 +82,10 @@ def extract_with_ray(
 
     Raises:
         LaunchError: Ray is not installed, or the cluster or the shards do not suit.
-        RayStalled: nothing was committed for `timeout` seconds.
+        RayFailed: nothing was committed for `timeout` seconds, or Ray itself broke.
         Stopped: a signal came.
     """
-    start = note_start(job)
+    start = note_start(job, retry)
     spec = build_spec(config, backbone.eval(), torch.device("cpu"))
     kind = store_kind(job.store, job.store_kind)
     with open_disk_store(
@@ -154,7 +156,9 @@ def _ray(config: RunConfig) -> Iterator[Any]:
     # A block that fails must not be dropped: bad videos are outcomes, and everything else ends the run.
     context.max_errored_blocks = 0
     try:
-        yield ray
+        # Ray prints to stdout that an actor died; there, only what the user asked for belongs.
+        with redirect_stdout(sys.stderr):
+            yield ray
     finally:
         # A run that hangs may hang here, too.
         ending = threading.Thread(target=ray.shutdown, daemon=True)
@@ -198,22 +202,22 @@ def _dataset(
     # As many actors as CPUs would leave none to decode, and Ray waits for ever (ray issue 44687).
     num_actors = num_gpus or num_cpus // 2
     actor = {"num_gpus": 1, "num_cpus": 0} if num_gpus else {"num_cpus": 1}
-    arguments = {
-        "store": store if "://" in store else str(Path(store).absolute()),
-        "kind": kind,
+    settings = ActorSettings(
+        store=store if "://" in store else str(Path(store).absolute()),
+        store_kind=kind,
         # The actors fetch it, rather than carry it in the words that make them.
-        "get_backbone": partial(ray.get, ray.put(backbone)),
-        "config": config,
-        "device": "cuda" if num_gpus else "cpu",
-        "threads": 1,
-    }
+        get_backbone=partial(ray.get, ray.put(backbone)),
+        config=config,
+        device="cuda" if num_gpus else "cpu",
+        num_threads=1,
+    )
     rows = [{"item": pickle.dumps(item)} for item in items]
     pool = ray.data.ActorPoolStrategy(min_size=1, max_size=min(num_actors, len(rows)))
     # The memory is what the clips take; besides, Ray would fuse two stages that ask for the same into one.
     return (
         ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map(decode_shard, num_cpus=1, memory=_shard_bytes(config))
-        .map(ShardActor, fn_constructor_kwargs=arguments, compute=pool, **actor)
+        .map(ShardDecoder(), num_cpus=1, memory=_shard_bytes(config))
+        .map(ShardActor, fn_constructor_args=[settings], compute=pool, **actor)
     )
 
 
@@ -229,7 +233,10 @@ def _consume(
 
     def run() -> None:
         try:
-            results.extend(dataset.iter_rows())
+            for row in dataset.iter_rows():
+                if row["failure"]:
+                    raise pickle.loads(row["failure"])
+                results.append(json.loads(row["report"]))
         except BaseException as error:  # whatever it is, it belongs to the caller
             errors.append(error)
 
@@ -252,21 +259,16 @@ def _consume(
                     stop.signal_number, f"what was committed is kept in {job.store}; the same command goes on"
                 )
             if time.monotonic() - last_time > timeout and thread.is_alive():
-                raise RayStalled(
+                raise RayFailed(
                     f"Ray has committed no shard for {timeout:.0f} s, {counts['pending']} rows are left; what was committed is "
                     "kept. If shards take that long, raise --ray-timeout; else run the same command with --workers in place "
                     "of --engine ray. Ray's own logs are in /tmp/ray/session_latest/logs."
                 )
     if errors:
-        raise _cause(errors[0])
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Our own error inside of those that Ray wraps around it."""
-    found: BaseException | None = error
-    while found is not None:
-        cause = getattr(found, "cause", None) or found.__cause__
-        if not isinstance(cause, BaseException):
-            return found
-        found = cause
-    return error
+        if type(errors[0]).__module__.startswith("ray."):
+            words = " ".join(str(errors[0]).split())[:400]
+            raise RayFailed(
+                f"Ray ended with {type(errors[0]).__name__}: {words}. What was committed is kept; run the same command "
+                "again, or with --workers in place of --engine ray."
+            ) from errors[0]
+        raise errors[0]

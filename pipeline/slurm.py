@@ -55,8 +55,8 @@ class SlurmJob:
     command: Sequence[str]
     """The words of `mastaf extract ...`, without the options about Slurm; a share is added."""
     num_tasks: int
-    store: Path
-    """Absolute; the log of task i of job j goes beside it, to `STORE.slurm-j_i.log`."""
+    log: Path
+    """Absolute; task i of job j appends to `LOG.slurm-j_i.log`."""
     folder: Path
     """Working directory, to which relative paths refer."""
     options: Mapping[str, str | None]
@@ -64,14 +64,14 @@ class SlurmJob:
 
     def script(self) -> str:
         """The batch script."""
-        if not self.store.parent.is_dir():
+        if not self.log.parent.is_dir():
             raise LaunchError(
-                f"{self.store.parent} does not exist, and Slurm drops tasks whose log cannot be written. Make the folder first."
+                f"{self.log.parent} does not exist, and Slurm drops tasks whose log cannot be written. Make the folder first."
             )
         options: dict[str, str | None] = {
             "job-name": "mastaf-extract",
             # A percent sign in a path would be read as a pattern.
-            "output": f"{str(self.store).replace('%', '%%')}.slurm-%A_%a.log",
+            "output": f"{str(self.log).replace('%', '%%')}.slurm-%A_%a.log",
             "open-mode": "append",
             "signal": f"B:USR1@{SECONDS_TO_SAVE}",
             **self.options,

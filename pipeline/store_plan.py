@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from cache.cube import Spec
@@ -29,7 +29,11 @@ from cache.rows import RowKey, Segment
 from configs.schema import RunConfig
 from extract.decode import VideoSource
 from pipeline.console import progress, say
+from pipeline.extract_command import extract_config, wanted_videos
 from pipeline.extraction import build_spec, extract_videos
+from pipeline.reextraction import build_extraction_backbone, make_origin
+from pipeline.settings import SetupError
+from pipeline.setup import choose_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,7 @@ class StorePlan:
     seconds: float
     """With `num_workers` processes like the one that was measured."""
     clips_per_second: float
-    """Of the sample, after its first batch."""
+    """Of one process, without what every run takes once."""
     num_workers: int
     bound_by: str
     num_sampled: int
@@ -62,35 +66,58 @@ def plan_extraction(
     num_sampled: int = 64,
     num_workers: int = 1,
 ) -> StorePlan:
-    """Plan the extraction of `videos` into ``store.path``, which need not exist."""
+    """Plan the extraction of `videos` into ``store.path``, which need not exist.
+
+    Raises:
+        SetupError: too few videos to measure with.
+        SpecMismatch: there is a store of another spec.
+    """
     spec = build_spec(config, backbone, device)
     rows = _missing_rows(config, spec, videos)
-    step = max(len(videos) // num_sampled, 1)
-    sample = list(videos)[::step][:num_sampled]
+    samples = _two_samples(videos, num_sampled)
     path = str(config.store.path)
     kind = store_kind(path, config.store.kind)
+    # Beside the planned store, so that the same disk is measured.
     parent = Path(tempfile.gettempdir()) if "://" in path else _existing_folder(Path(path).absolute().parent)
     folder = Path(tempfile.mkdtemp(prefix=".mastaf-plan-", dir=parent))
     try:
-        measured = _measure(folder / "sample", kind, spec, sample, config, backbone, device)
-        document = StoreDocument(spec, kind, config.store.shard_rows, config.store.compression, "0" * 16)
-        form = FORMATS[kind](document, LocalFiles(folder / "sample"))
-        sizes = _sizes(form, document, rows, measured, num_workers)
+        small, large = (
+            _measure(folder / f"sample-{index}.{kind}", kind, spec, sample, config, backbone, device)
+            for index, sample in enumerate(samples)
+        )
+        document = StoreDocument(
+            spec, kind, config.store.shard_rows, config.store.compression, "0" * 16, make_origin(config, None)
+        )
+        form = FORMATS[kind](document, LocalFiles(folder))
+        num_files, num_bytes = _sizes(form, document, rows, large, num_workers)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    # Two samples of different size tell what each clip takes from what every run takes once.
+    seconds_per_clip = max(large.seconds - small.seconds, 1e-9) / (large.num_rows - small.num_rows)
+    once = max(large.seconds - large.num_rows * seconds_per_clip, 0.0)
     return StorePlan(
         num_videos=len(videos),
         num_rows=len(rows),
         num_shards=-(-len(rows) // config.store.shard_rows),
-        num_files=sizes.num_files,
-        num_bytes=sizes.num_bytes,
-        seconds=measured.start_seconds + len(rows) / measured.clips_per_second / num_workers,
-        clips_per_second=measured.clips_per_second,
+        num_files=num_files,
+        num_bytes=num_bytes,
+        seconds=once + len(rows) * seconds_per_clip / num_workers,
+        clips_per_second=1 / seconds_per_clip,
         num_workers=num_workers,
-        bound_by=measured.bound_by,
-        num_sampled=len(sample),
-        num_sampled_rejected=measured.num_rejected,
+        bound_by=large.bound_by,
+        num_sampled=sum(map(len, samples)),
+        num_sampled_rejected=small.num_rejected + large.num_rejected,
     )
+
+
+def _two_samples(videos: Sequence[VideoSource], num_sampled: int) -> tuple[list[VideoSource], list[VideoSource]]:
+    """A fifth and the rest of evenly spread videos."""
+    step = max(len(videos) // num_sampled, 1)
+    sample = list(videos)[::step][:num_sampled]
+    if len(sample) < 5:
+        raise SetupError(f"{len(sample)} videos are too few to measure with; a plan needs 5 or more")
+    small = sample[::5]
+    return small, [video for video in sample if video not in small]
 
 
 def _existing_folder(folder: Path) -> Path:
@@ -108,14 +135,14 @@ def _missing_rows(config: RunConfig, spec: Spec, videos: Sequence[VideoSource]) 
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    clips_per_second: float
-    start_seconds: float
+    num_rows: int
+    seconds: float
     bound_by: str
     num_rejected: int
     share_kept: float
     """Rows that are not rejected, of all."""
     ledger_bytes_per_row: float
-    cubes: dict[str, np.ndarray]
+    cubes: dict[str, NDArray[Any]]
     """Array -> (n, C, T, H, W), rows that were extracted."""
 
 
@@ -128,50 +155,30 @@ def _measure(
     backbone: nn.Module,
     device: torch.device,
 ) -> _Measured:
-    marks: list[tuple[float, int]] = []
-    with open_disk_store(path, kind, spec, "a", config.extraction.forward_batch) as store:
-        started = time.perf_counter()
-        with progress("measure") as show:
-
-            def on_progress(done: int, total: int) -> None:
-                marks.append((time.perf_counter(), done))
-                show(done, total)
-
+    with open_disk_store(path, kind, spec, "a", config.store.shard_rows, config.store.compression) as store:
+        with progress("measure") as on_progress:
             report = extract_videos(store, sample, backbone, config, device, on_progress=on_progress)
-        good = [
-            key
-            for key in store.rows()
-            if (found := store.outcome(key.video_id, key.view)) and found.status != "rejected"
-        ]
-        chosen = good[: config.store.shard_rows]
+        outcomes = {key: store.outcome(key.video_id, key.view) for key in store.rows()}
+        kept = [key for key, outcome in outcomes.items() if outcome is not None and outcome.status != "rejected"]
+        chosen = kept[: config.store.shard_rows]
         ids, views = [key.video_id for key in chosen], [key.view for key in chosen]
-        cubes = {name: np.asarray(store.read(ids, views, name)) for name in spec.arrays}
-        num_rows = len(store.rows())
+        cubes = {name: store.read(ids, views, name) for name in spec.arrays}
     ledger_bytes = sum(file.stat().st_size for file in (path / "ledger").glob("*.jsonl"))
-    (first_time, first_done), (last_time, last_done) = marks[0], marks[-1]
-    # The first batch waits for decoding processes and warms the backbone up.
-    is_long_enough = last_done > first_done
-    rate = (last_done - first_done) / (last_time - first_time) if is_long_enough else report.clips_per_second
     return _Measured(
-        clips_per_second=rate,
-        start_seconds=max(first_time - started - first_done / rate, 0.0),
+        num_rows=len(outcomes),
+        seconds=report.seconds,
         bound_by=report.bound_by,
         num_rejected=report.num_rejected,
-        share_kept=len(good) / num_rows,
-        ledger_bytes_per_row=ledger_bytes / num_rows,
+        share_kept=len(kept) / len(outcomes),
+        ledger_bytes_per_row=ledger_bytes / len(outcomes),
         cubes=cubes,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Sizes:
-    num_bytes: int
-    num_files: int
-
-
 def _sizes(
     form: Format, document: StoreDocument, rows: Sequence[RowKey], measured: _Measured, num_workers: int
-) -> _Sizes:
+) -> tuple[int, int]:
+    """(files, bytes) of the finished store."""
     table = RowTable(document.shard_rows)
     segment = Segment(rows=tuple(rows))
     table.add_segment(segment)
@@ -183,7 +190,7 @@ def _sizes(
     ledger = len(rows) * measured.ledger_bytes_per_row
     # Spec and plan twice each, the lock, and a log for each process.
     num_files = table.num_shards * len(form.file_names(0)) + len(derived) + 4 + 1 + num_workers
-    return _Sizes(int(data + sum(derived) + documents + ledger), num_files)
+    return num_files, int(data + sum(derived) + documents + ledger)
 
 
 def _shard_bytes(form: Format, document: StoreDocument, measured: _Measured, num_rows: int) -> int:
@@ -197,15 +204,30 @@ def _shard_bytes(form: Format, document: StoreDocument, measured: _Measured, num
     return sum(len(data) for data in form.encode(0, blocks).values() if data is not None)
 
 
-def say_plan(plan: StorePlan, path: str) -> dict[str, Any]:
-    """The plan in words; as a JSON-able dict."""
+def plan_store(
+    path: str,
+    manifest: Path | None,
+    backbone: str | None,
+    weights: str | None,
+    recipe: str | None,
+    from_run: Path | None,
+    device: str,
+    num_sampled: int,
+    num_processes: int,
+    overrides: tuple[str, ...],
+) -> dict[str, Any]:
+    """`mastaf store plan`: say what `mastaf extract` with the same options would take; as a JSON-able dict."""
+    config = extract_config(manifest, backbone, weights, path, None, recipe, from_run, overrides)
+    chosen = choose_device(device)
+    built = build_extraction_backbone(config, from_run if weights is None else None).to(chosen)
+    plan = plan_extraction(config, wanted_videos(config), built, chosen, num_sampled, num_processes)
     say(
         f"{path}: {plan.num_rows} rows of {plan.num_videos} videos in {plan.num_shards} shards: "
         f"{plan.num_bytes:,} bytes ({plan.num_bytes / 1e9:.2f} GB) in {plan.num_files} files"
     )
     say(
-        f"about {plan.seconds / 3600:.2f} h ({plan.seconds:.0f} s) with {plan.num_workers} processes at "
-        f"{plan.clips_per_second:.2f} clips/s each, bound by {plan.bound_by}; measured on {plan.num_sampled} videos"
+        f"about {plan.seconds / 3600:.2f} h ({plan.seconds:.0f} s) with {plan.num_workers} process(es), each alone on a machine "
+        f"or GPU like this one: {plan.clips_per_second:.2f} clips/s, bound by {plan.bound_by}; measured on {plan.num_sampled} videos"
         + (f", {plan.num_sampled_rejected} of them rejected" if plan.num_sampled_rejected else "")
     )
     return {"store": path, **asdict(plan)}

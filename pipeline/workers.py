@@ -129,13 +129,13 @@ def run_workers(
     Args:
         command: words of the whole command; each process prints its report as JSON.
         on_progress: called with (rows committed, rows planned), of the whole store.
-        first_only: words for the first process alone, which changes the plan; the others start when it has begun a shard.
+        first_only: words for the first process alone, which plans rejected videos anew; the others start when it has begun a shard.
 
     Raises:
         Stopped: a signal came, and was passed on.
         WorkersFailed: all died, one met an error that concerns all, or nothing is done any more.
     """
-    start = note_start(job)
+    start = note_start(job, retry=bool(first_only))
     reports: list[dict[str, Any]] = []
     warned: set[str] = set()
     with _Signals() as signals:
@@ -150,14 +150,17 @@ def run_workers(
             first_only = ()
             survivors = [worker.report for worker in crew.workers if worker.report is not None]
             reports += survivors
-            left = job.num_rows_left() if len(survivors) < num_workers else 0
-            if not left:
+            if len(survivors) == num_workers:
                 return report_job(job, start, reports)
+            left = job.num_rows_left()
             if not survivors:
                 raise WorkersFailed(
-                    f"all {num_workers} processes died, {left} rows are left. What was committed is kept. Find the cause above; "
-                    "if it is memory, use fewer --workers or a smaller extraction.forward_batch; then run the same command again."
+                    f"all {num_workers} processes died, and {left} planned rows are left. What was committed is kept. Find the cause "
+                    "above; if it is memory, use fewer --workers or a smaller extraction.forward_batch; then run the same command "
+                    "again."
                 )
+            if not left:
+                return report_job(job, start, reports)
             if left == before:
                 raise WorkersFailed(
                     f"processes died and nothing is committed any more, {left} rows are left. Run the command without --workers."

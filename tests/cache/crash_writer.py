@@ -49,7 +49,12 @@ def fill_store(order: Order) -> None:
                         say("begin", shard.index)
                         if shard.index == order.stops_in:
                             os.kill(os.getpid(), signal.SIGSTOP)
-                        commit_example(store, shard)
+                        try:
+                            commit_example(store, shard)
+                        except StoreError:
+                            if not order.tries_again:
+                                raise
+                            commit_example(store, shard)
                         say("done", shard.index)
                 if num_held:
                     time.sleep(0.005)

@@ -11,10 +11,10 @@ from cache.errors import RowNotReady, StoreDamaged
 from cache.open import FORMATS, open_files, open_store
 from cache.records import checksum
 from cache.repair import RepairReport, repair
-from cache.store import StoreError
+from cache.store import RowKey, StoreError
 from cache.verify import VerifyReport, verify
 from contracts.flips import contents, flip_many, make_store
-from contracts.store_examples import CUBE, RowKey, commit_example, example_row, expected_hash
+from contracts.store_examples import CUBE, commit_example, example_row, expected_hash
 
 KINDS = ("zarr", "hdf5")
 

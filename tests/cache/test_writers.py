@@ -14,6 +14,8 @@ from cache.files import LocalFiles, _LocalLog
 from cache.leases import lease_name
 from cache.open import FORMATS, open_disk_store
 from cache.store import FeatureStore, RowKey, Shard, ShardHeld, StoreError
+from contracts.attacks import Nursery
+from contracts.attacks_processes import four_at_once
 from contracts.store_examples import (
     CUBE,
     OK,
@@ -246,3 +248,9 @@ def test_store_of_an_older_format_is_refused(path: Path, kind: str) -> None:
     (path / SPEC).write_bytes(seal({**document, "format": 1}))
     with pytest.raises(StoreError, match="has format 1, this version reads 2; extract into a new store"):
         open_disk_store(path, kind)
+
+
+def test_four_writers_at_once_make_each_shard_once(tmp_path: Path, kind: str) -> None:
+    with Nursery(tmp_path / "said") as nursery:
+        tally = four_at_once(nursery, tmp_path, kind, 3)
+    assert (tally.trials, tally.lost_rows, tally.wrong_rows, tally.bad) == (3, 0, 0, [])

@@ -1,18 +1,17 @@
-"""Loss of power, simulated: every system call of a real writer is recorded by strace and replayed onto a model of a disk that
-forgets what was not forced to it. Loads neither pytest nor torch.
+"""Loss of power, simulated: every system call of a real writer is recorded by strace and replayed onto a model of a disk.
 
-The model is harsher than today's file systems: at the cut, any subset of the changes since the last fsync is on the disk, in
-files (whole, torn, or as zeros) and in folders (a name made or removed; fsync of a file does not save its name).
+Loads neither pytest nor torch.
 """
 
 import random
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from contracts.attacks import Nursery, Order, Said, Tally, look_and_finish
+from contracts.attacks_disk import MANNERS, Disk, Tree, tree_of
 from contracts.attacks_processes import timed
 from contracts.attacks_strace import EFFECTS, OPENS, Call, points, run_traced, small_order
 
@@ -25,201 +24,6 @@ FSYNCS = {
     "folder of a new folder": ("fsync_folder", "make_folder"),
 }
 """The fsyncs without which a store loses rows -> the functions they are called from."""
-Tree = dict[str, bytes | None]
-"""Path below the folder around the store -> bytes of a file, None for a folder."""
-MANNERS = ("nothing", "everything", "names", "data", "some", "some", "some")
-"""What reaches the disk of what was not forced there; drawn for each state."""
-
-
-@dataclass(slots=True, eq=False)
-class File:
-    """A file of the model."""
-
-    durable: bytes = b""
-    pending: list[tuple[int, bytes]] = field(default_factory=list)
-    """(offset, bytes) of each write since the last fsync; offset -1 - n cuts the file to n bytes."""
-
-    def now(self) -> bytes:
-        """What the running system sees."""
-        return _written(self.durable, self.pending)
-
-    def after_cut(self, draws: random.Random, manner: str) -> bytes:
-        """What a disk may hold after the cut."""
-        if manner in ("nothing", "names"):
-            return self.durable
-        if manner in ("everything", "data"):
-            return self.now()
-        kept = [_maybe_torn(write, draws) for write in self.pending if draws.random() < 0.6]
-        return _written(self.durable, kept)
-
-
-@dataclass(slots=True, eq=False)
-class Folder:
-    """A folder of the model."""
-
-    durable: dict[str, "File | Folder"] = field(default_factory=dict)
-    pending: list[tuple[str, "File | Folder | None"]] = field(default_factory=list)
-    """(name, what it names from here on) since the last fsync; None when the name is removed."""
-
-    def now(self) -> dict[str, "File | Folder"]:
-        """What the running system sees."""
-        return _named(self.durable, self.pending)
-
-    def after_cut(self, draws: random.Random, manner: str) -> dict[str, "File | Folder"]:
-        """What a disk may hold after the cut."""
-        if manner in ("nothing", "data"):
-            return self.durable
-        if manner in ("everything", "names"):
-            return self.now()
-        return _named(self.durable, [change for change in self.pending if draws.random() < 0.6])
-
-
-def _written(data: bytes, writes: Sequence[tuple[int, bytes]]) -> bytes:
-    for offset, new in writes:
-        data = (
-            data[: -1 - offset] if offset < 0 else data[:offset].ljust(offset, b"\0") + new + data[offset + len(new) :]
-        )
-    return data
-
-
-def _maybe_torn(write: tuple[int, bytes], draws: random.Random) -> tuple[int, bytes]:
-    offset, data = write
-    keep = draws.choice((len(data), draws.randint(0, len(data))))
-    # The length of a file can be saved before its bytes: the rest reads as zeros.
-    return offset, data[:keep] + draws.choice((b"", bytes(len(data) - keep)))
-
-
-def _named(
-    entries: dict[str, File | Folder], changes: Sequence[tuple[str, File | Folder | None]]
-) -> dict[str, File | Folder]:
-    entries = dict(entries)
-    for name, node in changes:
-        if node is None:
-            entries.pop(name, None)
-        else:
-            entries[name] = node
-    return entries
-
-
-class Disk:
-    """Replays system calls onto files and folders of the model."""
-
-    def __init__(self) -> None:
-        self._root = ""
-        self._top = Folder()
-        """The folder around the store."""
-        self._open: dict[str, tuple[File | Folder, int]] = {}
-
-    def _find(self, path: str) -> tuple[Folder, str]:
-        """The folder that holds a path, and the name in it."""
-        *parents, name = path.removeprefix(self._root).strip("/").split("/")
-        folder = self._top
-        for parent in parents:
-            inner = folder.now()[parent]
-            assert isinstance(inner, Folder)
-            folder = inner
-        return folder, name
-
-    def _node(self, path: str) -> File | Folder | None:
-        folder, name = self._find(path)
-        return folder.now().get(name) if name else folder
-
-    def replay(self, call: Call | None, root: Path) -> None:
-        """Take in one call; one that failed, or is about nothing in `root`, changes nothing. None: the writer ended."""
-        if call is None:
-            self._open.clear()
-            return
-        self._root = str(root)
-        descriptor = call.arguments[0].split("<")[0]
-        if call.name == "close":
-            self._open.pop(descriptor, None)
-        if call.result < 0 or not f"{call.path}/".startswith(f"{root}/"):
-            return
-        if call.name in OPENS:
-            self._open_file(call)
-        elif call.name == "lseek":
-            node, _ = self._open[descriptor]
-            self._open[descriptor] = node, call.result
-        elif call.name == "write":
-            node, offset = self._open[descriptor]
-            assert isinstance(node, File)
-            node.pending.append((offset, call.texts[1][: call.result]))
-            self._open[descriptor] = node, offset + call.result
-        elif call.name == "ftruncate":
-            node, _ = self._open[descriptor]
-            assert isinstance(node, File)
-            node.pending.append((-1 - int(call.arguments[1]), b""))
-        elif call.name in ("fsync", "fdatasync"):
-            node, _ = self._open[descriptor]
-            self._force(node)
-        elif call.name == "mkdir":
-            folder, name = self._find(call.path)
-            folder.pending.append((name, Folder()))
-        elif call.name == "unlink":
-            folder, name = self._find(call.path)
-            folder.pending.append((name, None))
-        elif call.name in ("rename", "link"):
-            self._move(call)
-        elif call.name != "close":
-            raise RuntimeError(f"the model does not know {call.name}: teach it")
-
-    def _open_file(self, call: Call) -> None:
-        flags = call.arguments[2] if call.name == "openat" else ""
-        node = self._node(call.path)
-        if node is None:
-            folder, name = self._find(call.path)
-            node = File()
-            folder.pending.append((name, node))
-        if "O_TRUNC" in flags and isinstance(node, File):
-            node.pending.append((-1, b""))
-        offset = len(node.now()) if "O_APPEND" in flags else 0
-        self._open[str(call.result)] = node, offset
-
-    def _move(self, call: Call) -> None:
-        source, target = (text.decode() for text in call.texts)
-        node = self._node(source)
-        assert node is not None
-        folder, name = self._find(target)
-        folder.pending.append((name, node))
-        if call.name == "rename":
-            folder, name = self._find(source)
-            folder.pending.append((name, None))
-
-    @staticmethod
-    def _force(node: File | Folder) -> None:
-        if isinstance(node, File):
-            node.durable = node.now()
-        else:
-            node.durable = dict(node.now())
-        node.pending.clear()
-
-    def contents(self) -> Tree:
-        """What the running system sees."""
-        return dict(_walk("", self._top, Folder.now, File.now))
-
-    def after_cut(self, draws: random.Random, manner: str) -> Tree:
-        """One of the states that the disk may be in when the power comes back."""
-        return dict(_walk("", self._top, lambda f: f.after_cut(draws, manner), lambda f: f.after_cut(draws, manner)))
-
-
-def _walk(
-    prefix: str,
-    folder: Folder,
-    entries_of: Callable[[Folder], dict[str, File | Folder]],
-    bytes_of: Callable[[File], bytes],
-) -> Iterator[tuple[str, bytes | None]]:
-    for name, node in sorted(entries_of(folder).items()):
-        if isinstance(node, File):
-            yield prefix + name, bytes_of(node)
-        else:
-            yield prefix + name, None
-            yield from _walk(f"{prefix}{name}/", node, entries_of, bytes_of)
-
-
-def tree_of(root: Path) -> Tree:
-    """What lies in a real folder."""
-    entries = sorted(root.rglob("*"))
-    return {entry.relative_to(root).as_posix(): None if entry.is_dir() else entry.read_bytes() for entry in entries}
 
 
 def _lay_out(tree: Tree, root: Path) -> None:
@@ -241,21 +45,22 @@ class Recording:
     num_writers: int
 
 
-def record(nursery: Nursery, order: Order, log: Path, kill: str = "") -> Recording:
-    """Run writers in an empty folder and record them.
+def record(nursery: Nursery, order: Order, log: Path, attack: str = "") -> Recording:
+    """Run a writer in an empty folder, or one that is killed and then one that goes on, and record them.
 
     Args:
-        kill: strace's expression for where the first writer is killed; without it there is one writer.
+        attack: strace's expression for where the first writer is killed, or meets an error that it survives.
 
     Raises:
-        RuntimeError: a writer failed, or the replayed record is not what lies on the disk.
+        RuntimeError: a writer ended otherwise, or the replayed record is not what lies on the disk.
     """
     root = Path(order.path).parent
     _lay_out({}, root)
+    is_killed = "signal" in attack
     calls: list[Call | None] = []
-    for attack in (kill, "") if kill else ("",):
-        traced = run_traced(nursery, order, log, RECORDED, attack)
-        if traced.status != (-signal.SIGKILL if attack else 0):
+    for is_first in (True, False) if is_killed else (True,):
+        traced = run_traced(nursery, order, log, RECORDED, attack if is_first else "")
+        if traced.status != (-signal.SIGKILL if is_killed and is_first else 0):
             raise RuntimeError(f"a recorded writer ended with {traced.status}: {traced.errors}")
         calls += [*traced.calls, None]
     disk = Disk()
@@ -263,7 +68,7 @@ def record(nursery: Nursery, order: Order, log: Path, kill: str = "") -> Recordi
         disk.replay(call, root)
     if disk.contents() != tree_of(root):
         raise RuntimeError("the record of system calls does not give what the writer left on the disk")
-    return Recording(order, tuple(calls), 2 if kill else 1)
+    return Recording(order, tuple(calls), 1 + is_killed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,14 +122,20 @@ def cut_power(
         whole = record(nursery, order, folder / "trace.txt")
         targets = [call for call in points(whole.calls, order.path) if call.name not in OPENS]
         fsyncs = [call for call in targets if call.name == "fsync"]
-        recording = whole
-        while tally.trials < num_states:
+        appends = [call for call in fsyncs if call.path.endswith(".jsonl") and call.number > 1]
+        recording, num_recordings = whole, 1
+        while tally.trials < num_states and not (left_out and tally.bad):
             wanted = min(states_per_recording, num_states - tally.trials)
             for state in cut_states(recording, wanted, draws):
                 _lay_out(state.tree, Path(order.path).parent)
                 where = f"{kind}, power cut after call {state.cut} of {len(recording.calls)}, {state.manner}"
-                look_and_finish(order, state.said, tally, where, recording.num_writers)
-            # Most of all before an fsync: what the killed writer had not forced to the disk, its successor builds upon.
-            target = draws.choice(fsyncs if draws.random() < 0.7 else targets)
-            recording = record(nursery, order, folder / "trace.txt", f"{target.name}:signal=KILL:when={target.number}")
+                look_and_finish(recording.order, state.said, tally, where, recording.num_writers)
+            # Every third recording: an early append fails, and the writer begins another log. The others: a kill, most of
+            # all before an fsync, since what the killed writer had not forced to the disk, its successor builds upon.
+            fails = bool(appends) and num_recordings % 3 == 1
+            candidates = appends[:2] if fails else fsyncs if draws.random() < 0.7 else targets
+            target = draws.choice(candidates)
+            num_recordings += 1
+            attack = f"{target.name}:{'error=EIO' if fails else 'signal=KILL'}:when={target.number}"
+            recording = record(nursery, replace(order, tries_again=fails), folder / "trace.txt", attack)
     return tally

@@ -3,9 +3,11 @@
 import random
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from cache.open import open_disk_store
@@ -100,3 +102,36 @@ def stopped_in_a_shard(nursery: Nursery, folder: Path, kind: str, is_killed: boo
     if tally.redone_shards != is_killed:
         bad.append(f"{tally.redone_shards} shards were redone")
     return bad + tally.bad
+
+
+def fill_disk(nursery: Nursery, folder: Path, kind: str) -> Tally:
+    """A file system that is really full: of every size, page by page, until the store fits. Needs the right to mount.
+
+    Raises:
+        PermissionError: this process may not mount.
+    """
+    mount = folder / "full"
+    mount.mkdir()
+    with timed(Tally()) as tally:
+        for num_pages in count(1):
+            status, where = -1, f"{kind}, a disk of {4 * num_pages} KiB"
+            _mount(mount, f"size={4 * num_pages}k")
+            try:
+                order = Order(str(mount / "S"), kind)
+                writer = nursery.start(order)
+                status, message = writer.wait(), writer.errors.strip()
+                if status == 0:
+                    break
+                if status != 1 or "\n" in message or order.path not in message or "No space" not in message:
+                    tally.bad.append(f"{where}: exit status {status}, told as {message[-300:]!r}")
+                _mount(mount, "remount,size=64m")
+                look_and_finish(order, Said.of(writer.output), tally, where)
+            finally:
+                subprocess.run(["umount", str(mount)], check=True)
+    return tally
+
+
+def _mount(folder: Path, options: str) -> None:
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise PermissionError(f"cannot mount a small disk: {done.stderr.strip()}; run as root")

@@ -137,6 +137,7 @@ def small_order(path: Path, kind: str) -> Order:
 def leave_half_done(nursery: Nursery, folder: Path, kind: str) -> Path:
     """A store whose writer was killed in its third shard, with all that one can leave behind."""
     order = small_order(folder / "half", kind)
+    shutil.rmtree(order.path, ignore_errors=True)
     writer = nursery.start(Order(**{**order.__dict__, "stops_in": 2}))
     writer.wait_until_stopped()
     writer.send(signal.SIGKILL)

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,13 +14,12 @@ from cache.cube import Spec
 from cache.open import open_store
 from cache.store import FeatureStore, MemoryStore, RowRejected, SpecMismatch
 from configs.schema import RunConfig
-from contracts.world import World, make_world, write_clip
+from contracts.world import World, make_world
 from extract.build import build_backbone
 from extract.clips import VideoTooShortError
 from pipeline.extraction import ChangedInput, ExtractionReport, build_spec, extract_videos, video_sources
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def extract_into(store: FeatureStore, world: World, config: RunConfig) -> ExtractionReport:
@@ -37,17 +31,6 @@ def memory_store(config: RunConfig) -> MemoryStore:
     return MemoryStore(
         build_spec(config, build_backbone(config.backbone, config.sampling), CPU), config.store.shard_rows
     )
-
-
-@pytest.fixture
-def broken_world(tmp_path: Path) -> World:
-    """One file cut to nothing useful, one text file, one video of three frames, one missing file."""
-    world = make_world(tmp_path / "broken", 3)
-    (world.folder / "videos/right/0.mp4").write_bytes(b"\x00" * 100)
-    (world.folder / "videos/left/1.mp4").write_text("this is no video")
-    (world.folder / "videos/up/2.mp4").unlink()
-    write_clip(world.folder / "videos/down/1.mp4", "down", 1, num_frames=3)
-    return world
 
 
 def test_every_input_is_ok_degraded_or_rejected_with_a_reason(broken_world: World) -> None:
@@ -217,25 +200,3 @@ class Huge(torch.nn.Module):
 
     def forward(self, frames: torch.Tensor) -> dict[str, torch.Tensor]:
         return {name: cube * 0 + 1e9 for name, cube in self.inner(frames).items()}
-
-
-@pytest.mark.slow
-def test_killed_extraction_resumes_to_the_same_content(world: World, tmp_path: Path) -> None:
-    arguments = [
-        sys.executable, str(ROOT / "cli.py"), "extract", "--manifest", str(world.manifest_path), "--backbone", "small3d",
-        "--weights", "random:1", "--device", "cpu", "--set", "sampling.num_frames=4", "--set", "sampling.resize_size=28",
-        "--set", "sampling.crop_size=24", "--set", "store.shard_rows=4", "--set", "extraction.forward_batch=4",
-    ]  # fmt: skip
-    whole, killed = tmp_path / "whole.zarr", tmp_path / "killed.zarr"
-    subprocess.run([*arguments, "--store", str(whole)], check=True, capture_output=True)
-    process = subprocess.Popen(
-        [*arguments, "--store", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while process.poll() is None and not any((killed / "cube").glob("c.*")):
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    subprocess.run([*arguments, "--store", str(killed)], check=True, capture_output=True)
-    with open_store(whole) as first, open_store(killed) as second:
-        assert first.content_hash() == second.content_hash()
-        assert len(second.ids()) == 28

@@ -14,7 +14,7 @@ from cache.store import RowOutcome, Shard
 from pipeline.extract_jobs import LaunchOptions
 from pipeline.launch import WORKER, LaunchError, Place, device_name, find_place, num_cores, refuse_nested_workers
 from pipeline.shares import Share
-from pipeline.slurm import SlurmJob, parse_options
+from pipeline.slurm import SlurmJob, parse_options, submit
 from pipeline.watch import Watcher
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -187,6 +187,20 @@ def test_slurm_script_hands_on_the_exit_code_and_goes_on_after_a_time_limit(tmp_
     assert not (tmp_path / "requeued").exists()
     assert run("trap 'exit 143' USR1; kill -USR1 $PPID; while :; do sleep 0.1; done") == 0
     assert (tmp_path / "requeued").read_text() == "requeue 12_3\n"
+
+
+def test_submit_says_what_sbatch_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LaunchError, match="no `sbatch` here"):
+        submit("text")
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(
+        '#!/bin/bash\nread text\n[ "$text" = good ] && echo "job 7" || { echo "bad text" >&2; exit 5; }\n'
+    )
+    sbatch.chmod(0o755)
+    assert submit("good\n") == "job 7"
+    with pytest.raises(LaunchError, match=r"exit code 5\): bad text"):
+        submit("else\n")
 
 
 def test_watcher_counts_rows_of_all_writers_and_names_them(tmp_path: Path) -> None:

@@ -1,0 +1,53 @@
+"""Errors of the system at the calls of the commit path: told in one line, nothing lost, and the next run completes.
+
+The long form, every error at every call and a disk that is really full, is in benchmarks/.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cache.open import FORMATS
+from contracts.attacks import Nursery
+from contracts.attacks_strace import ERRORS, attack_calls
+
+
+@pytest.fixture(scope="module")
+def scratch() -> Iterator[Path]:
+    """A folder in memory where there is one: the attacks count what is lost, not how long an fsync takes."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def nursery(scratch: Path) -> Iterator[Nursery]:
+    with Nursery(scratch / "said") as nursery:
+        yield nursery
+
+
+@pytest.fixture(params=FORMATS)
+def kind(request: pytest.FixtureRequest) -> str:
+    kind: str = request.param
+    return kind
+
+
+@pytest.fixture
+def folder(scratch: Path) -> Iterator[Path]:
+    """An empty folder of one test."""
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("is_resuming", [False, True])
+def test_error_of_the_system_is_told_by_path_and_loses_nothing(
+    nursery: Nursery, folder: Path, kind: str, is_resuming: bool
+) -> None:
+    # Odd, so that each of the four errors has its turn.
+    every = 101 if kind == "zarr" else 53
+    tally = attack_calls(nursery, folder, kind, ERRORS, every=every, seed=2, is_resuming=is_resuming)
+    assert (tally.lost_rows, tally.wrong_rows, tally.bad) == (0, 0, [])
+    assert tally.trials >= 4
