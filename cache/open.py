@@ -139,7 +139,7 @@ def open_disk_store(
     files = open_files(path)
     _refuse_foreign(path, files)
     if not is_store(files):
-        if mode == "r":
+        if mode == "r" or spec is None:
             raise StoreError(
                 f"there is no store at {path}; check the path, or make it with `mastaf extract --store {path}`"
             )

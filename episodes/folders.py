@@ -81,11 +81,18 @@ class RealPaths:
     def of(self, path: Path) -> Path:
         """The path without links; the file need not exist."""
         if path.name in ("", ".."):
-            return path.resolve()
+            return _resolved(path)
         if path.parent not in self._folders:
-            self._folders[path.parent] = (path.parent.resolve(), _links_in(path.parent))
+            self._folders[path.parent] = (_resolved(path.parent), _links_in(path.parent))
         folder, links = self._folders[path.parent]
-        return path.resolve() if links is None or path.name in links else folder / path.name
+        return _resolved(path) if links is None or path.name in links else folder / path.name
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except RuntimeError:  # links that lead in a circle lead nowhere else; whoever reads the video says so
+        return path
 
 
 def how_it_leaves(root: Path, path: str, real_paths: RealPaths) -> str | None:

@@ -136,7 +136,9 @@ def _ray(config: RunConfig) -> Iterator[Any]:
         import ray
         import ray.data
     except ImportError as error:
-        raise LaunchError('--engine ray needs Ray: pip install "mastaf[ray]", or use --workers.') from error
+        raise LaunchError(
+            "--engine ray needs Ray: pip install -e '.[ray]' in the folder of mastaf, or use --workers"
+        ) from error
     logging.getLogger("ray").setLevel(logging.ERROR)
     is_own = not os.environ.get("RAY_ADDRESS")
     with _silent_stderr():

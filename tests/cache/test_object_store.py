@@ -1,11 +1,10 @@
 import random
-import secrets
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +16,7 @@ import obstore
 import pytest
 import zarr
 
-from cache import leases, object_client, object_files
+from cache import leases, object_files
 from cache.cube import ArraySpec, Spec
 from cache.disk_store import DiskStore
 from cache.files import owner_of
@@ -37,41 +36,9 @@ from contracts.store_examples import (
     fill,
 )
 
-SECRET = "never-to-be-shown"
+SECRET = "never-to-be-shown"  # the one of conftest.py
 VIDEOS_PER_KILL = 30
 """How many videos more each writer plans than the one that was killed before it."""
-
-
-@pytest.fixture(scope="session")
-def running_server() -> Iterator[ObjectServer]:
-    server = ObjectServer()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def server(running_server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectServer]:
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "tester",
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": running_server.url,
-        "AWS_ALLOW_HTTP": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    # No test waits for a server that is down for longer than it must.
-    monkeypatch.setattr(object_client, "_RETRIES", {"max_retries": 2, "retry_timeout": timedelta(seconds=20)})
-    yield running_server
-    running_server.behave()
-
-
-@pytest.fixture
-def url(server: ObjectServer) -> str:
-    """Of a store that is still to be made, in a bucket of its own."""
-    bucket = f"bucket-{secrets.token_hex(6)}"
-    server.make_bucket(bucket)
-    # A name that has to be escaped on its way.
-    return f"s3://{bucket}/our däta/S.zarr"
 
 
 def make_store(url: str, shard_rows: int = 4) -> DiskStore:

@@ -119,6 +119,12 @@ def test_link_out_of_the_root_needs_permission(write: Callable[..., Path], tmp_p
     read_manifest(write(HEADER, "a,clips/same.mp4,walk,train", name="inside/m.csv"))
 
 
+def test_links_in_a_circle_are_left_to_whoever_reads_the_video(write: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").symlink_to(tmp_path / "b.mp4")
+    (tmp_path / "b.mp4").symlink_to(tmp_path / "a.mp4")
+    assert read_manifest(write(HEADER, "a,a.mp4,walk,train")).videos[0].path == "a.mp4"
+
+
 def test_root_line_moves_the_root_and_keeps_its_border(write: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     (tmp_path / "clips").mkdir()

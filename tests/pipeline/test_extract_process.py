@@ -56,7 +56,16 @@ def start(arguments: Sequence[str], *before: str) -> subprocess.Popen[str]:
 def finished(world: World, store: Path, *overrides: str, retry_failed: bool = False) -> dict[str, Any]:
     """The report of a run that succeeds; in this process, which has torch loaded."""
     return extract_to_store(
-        world.manifest_path, "small3d", "random:1", store, None, None, None, "cpu", (*SMALL, *overrides), retry_failed
+        world.manifest_path,
+        "small3d",
+        "random:1",
+        str(store),
+        None,
+        None,
+        None,
+        "cpu",
+        (*SMALL, *overrides),
+        retry_failed,
     )
 
 

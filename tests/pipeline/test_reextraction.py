@@ -25,7 +25,7 @@ OVERRIDES = (
 
 def extract(world: World, store: Path, weights: str) -> dict[str, Any]:
     return extract_to_store(
-        world.manifest_path, "small3d", weights, store, None, None, None, "cpu", (*OVERRIDES, "sampling.flip=true")
+        world.manifest_path, "small3d", weights, str(store), None, None, None, "cpu", (*OVERRIDES, "sampling.flip=true")
     )
 
 
