@@ -30,28 +30,30 @@ class Leases:
     def __init__(self, files: Files, ledger: Ledger) -> None:
         self._files = files
         self._ledger = ledger
-        self._mine: set[int] = set()
+        self._mine: dict[int, str] = {}
+        """Shard -> our log that its lease names."""
         self._stop = threading.Event()
         self._beats: threading.Thread | None = None
 
     def take(self, shard_index: int) -> str | None:
         """Ask for a shard; None when it is ours now, else who has it, in a person's words."""
-        if shard_index in self._mine:
-            return None
         log = self._ledger.claim()
+        # After a failed write we have another log, and the lease under the old one counts no longer.
+        if self._mine.get(shard_index) == log.name:
+            return None
         self._start_beats()
         lease = canonical_json({"log": log.name, "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
         if not self._make(shard_index, lease.encode("ascii")):
             # Under the lock, or two writers could each remove the other's fresh lease for the stale one.
             with self._files.lock():
-                held = self._read(shard_index)
-                if held is not None and self._is_anothers(held):
-                    return _in_words(held)
-                self._files.delete(lease_name(shard_index))
-                if not self._make(shard_index, lease.encode("ascii")):
+                while not self._make(shard_index, lease.encode("ascii")):
                     held = self._read(shard_index)
-                    return _in_words(held) if held is not None else "a writer that began just now"
-        self._mine.add(shard_index)
+                    if held is not None and self._is_anothers(held):
+                        return _in_words(held)
+                    # One that was given back meanwhile is not removed: the next one there may be another's already.
+                    if held is not None:
+                        self._files.delete(lease_name(shard_index))
+        self._mine[shard_index] = log.name
         return None
 
     def _make(self, shard_index: int, lease: bytes) -> bool:
@@ -63,19 +65,24 @@ class Leases:
         return True
 
     def _is_anothers(self, held: dict[str, Any]) -> bool:
-        return held["log"] != self._ledger.own_name and self._files.is_alive(held["log"])
+        log = held.get("log")
+        return log is not None and log != self._ledger.own_name and self._files.is_alive(log)
 
     def _read(self, shard_index: int) -> dict[str, Any] | None:
+        """A lease; None when there is none, empty when it is damaged."""
         try:
             lease = json.loads(self._files.read(lease_name(shard_index)))
-        except (FileNotFoundError, ValueError):
+        except FileNotFoundError:
             return None
-        return lease if isinstance(lease, dict) and {"log", "since"} <= lease.keys() else None
+        except ValueError:
+            return {}
+        return lease if isinstance(lease, dict) and {"log", "since"} <= lease.keys() else {}
 
     def release(self, shard_index: int) -> None:
         """Give a shard back, done or not."""
-        if shard_index in self._mine:
-            self._mine.discard(shard_index)
+        log_name = self._mine.pop(shard_index, None)
+        # Under an older log it may have been taken over; if not, it is removed as that of a dead writer.
+        if log_name is not None and log_name == self._ledger.own_name:
             self._files.delete(lease_name(shard_index))
 
     def held_by_others(self) -> dict[int, str]:

@@ -86,7 +86,7 @@ def flip(store: Path, draws: random.Random) -> str:
 
 
 @pytest.mark.parametrize("ending", ["zarr", "h5"])
-@pytest.mark.parametrize("num_flips", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_flips", [2, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.campaign])])
 def test_flips_are_verified_and_repaired_by_the_commands(
     world: World, stores: dict[str, Path], tmp_path: Path, ending: str, num_flips: int
 ) -> None:

@@ -438,6 +438,7 @@ def test_killed_writers_lose_no_acknowledged_row(url: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_many_killed_writers_lose_no_acknowledged_row(url: str, seed: int) -> None:
     kill_writers(url, num_kills=12, seed=seed)

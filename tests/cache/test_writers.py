@@ -175,6 +175,65 @@ def test_loser_of_a_shard_is_told_who_holds_it(path: Path, kind: str) -> None:
         assert first.claim(shard).state == "done"
 
 
+def test_lease_that_was_made_between_two_looks_is_left_alone(
+    path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        open_disk_store(path, kind, example_spec(), "a", 4) as first,
+        open_disk_store(path, kind, mode="a") as second,
+        open_disk_store(path, kind, mode="a") as third,
+    ):
+        first.plan(VIDEO_IDS, [0])
+        shard, other = first.pending()[:2]
+        first.claim(shard)
+        third.claim(other)
+        read = second._leases._read
+
+        def read_between(shard_index: int) -> dict[str, Any] | None:
+            monkeypatch.setattr(second._leases, "_read", read)
+            first.release(shard)
+            nothing = read(shard_index)
+            assert third.claim(shard).state == "ours"
+            return nothing
+
+        monkeypatch.setattr(second._leases, "_read", read_between)
+        assert second.claim(shard).state == "held"
+        assert first.claim(shard).state == "held"
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[1]", b'{"log":1'])
+def test_damaged_lease_is_replaced(path: Path, kind: str, data: bytes) -> None:
+    with open_disk_store(path, kind, example_spec(), "a", 4) as store:
+        store.plan(VIDEO_IDS, [0])
+        (path / lease_name(0)).parent.mkdir(exist_ok=True)
+        (path / lease_name(0)).write_bytes(data)
+        assert store.holders() == {}
+        fill(store, VIDEO_IDS, [0])
+
+
+def test_lease_is_given_up_when_the_writer_loses_its_log(
+    path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_disk_store(path, kind, example_spec(), "a", 4) as first, open_disk_store(path, kind, mode="a") as second:
+        first.plan(VIDEO_IDS, [0])
+        shard = first.pending()[0]
+        with monkeypatch.context() as patch:
+            patch.setattr(_LocalLog, "append", _fail)
+            with pytest.raises(StoreError, match="as if the disk were full"):
+                commit_example(first, shard)
+        assert second.claim(shard).state == "ours"
+        with pytest.raises(ShardHeld):
+            commit_example(first, shard)
+        first.release(shard)
+        assert (path / lease_name(shard.index)).exists()
+        commit_example(second, shard)
+        assert first.pending() == second.pending()
+
+
+def _fail(*_: object) -> None:
+    raise StoreError("as if the disk were full")
+
+
 def test_shard_that_two_writers_made_past_their_leases_stays_readable(
     path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

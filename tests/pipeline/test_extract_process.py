@@ -200,8 +200,8 @@ def test_signal_in_the_middle_commits_what_is_finished_and_drops_the_rest(
     "endings",
     [
         [".zarr", ".h5", ".zarr"],
-        pytest.param([".zarr"] * 20, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
-        pytest.param([".h5"] * 20, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+        pytest.param([".zarr"] * 20, marks=[pytest.mark.slow, pytest.mark.campaign, pytest.mark.timeout(900)]),
+        pytest.param([".h5"] * 20, marks=[pytest.mark.slow, pytest.mark.campaign, pytest.mark.timeout(900)]),
     ],
     ids=["three", "zarr", "hdf5"],
 )

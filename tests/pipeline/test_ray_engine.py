@@ -129,6 +129,7 @@ def test_stalled_ray_is_stopped_with_what_to_do_and_nothing_is_lost(mixed: World
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 def test_signal_ends_ray_and_all_its_processes(mixed: World, tmp_path: Path) -> None:
     store = tmp_path / "s.zarr"
     process = start(CLI, *extraction(mixed, store, "--engine", "ray"))
@@ -141,6 +142,7 @@ def test_signal_ends_ray_and_all_its_processes(mixed: World, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 def test_error_within_an_actor_is_one_line(mixed: World, tmp_path: Path) -> None:
     words = extraction(mixed, tmp_path / "s.zarr", "--engine", "ray", "--set", "sampling.short_policy=fail")
     _, errors = finish(start(CLI, *words), code=2)
@@ -153,4 +155,4 @@ def test_missing_ray_is_one_line_with_the_command(mixed: World, tmp_path: Path) 
     words = extraction(mixed, tmp_path / "s.zarr", "--engine", "ray")
     _, errors = finish(start(CLI, *words, PYTHONPATH=str(tmp_path)), code=2)
     assert errors.count("\n") == 1
-    assert 'pip install "mastaf[ray]"' in errors
+    assert "pip install -e '.[ray]'" in errors
