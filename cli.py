@@ -377,7 +377,12 @@ def convert_command(as_json: bool, **options: Any) -> None:
     help="Use sampling and trained backbone of an end-to-end run.",
 )
 @click.option(
-    "--sample", "num_sampled", default=64, show_default=True, type=click.IntRange(min=5), help="Videos to measure with."
+    "--sample",
+    "num_sampled",
+    default=64,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Videos to measure with; at least four forward batches are taken.",
 )
 @click.option("--processes", "num_processes", default=1, show_default=True, type=click.IntRange(min=1))
 @_device

@@ -9,6 +9,7 @@ they share the cores, no schedule can do better than 1 / (1/decode + 1/forward),
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,17 +19,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from decode_pool import write_video
 
-from cache.open import open_store
-from configs.load import load_config
-from configs.schema import RunConfig
-from extract.build import build_backbone
-from extract.decode import VideoSource, ViewClips
-from extract.pool import DecodePool, DecodeTask, decoded_in_order
-from pipeline.extraction import build_spec, extract_videos
-from pipeline.extraction_feed import num_decode_workers
-from pipeline.model import forward_in_full_batches
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+# E402: the path above comes first.
+from benchmarks.decode_pool import write_video  # noqa: E402
+from cache.open import open_store  # noqa: E402
+from configs.load import load_config  # noqa: E402
+from configs.schema import RunConfig  # noqa: E402
+from extract.build import build_backbone  # noqa: E402
+from extract.decode import VideoSource, ViewClips  # noqa: E402
+from extract.pool import DecodePool, DecodeTask, decoded_in_order  # noqa: E402
+from pipeline.extraction import build_spec, extract_videos  # noqa: E402
+from pipeline.extraction_feed import num_decode_workers  # noqa: E402
+from pipeline.model import forward_in_full_batches  # noqa: E402
 
 
 @dataclass(slots=True)

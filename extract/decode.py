@@ -3,6 +3,7 @@
 Letters: V views; F frames; H W pixels (both the crop size); n frames of the video.
 """
 
+import errno
 import os
 import stat
 from collections.abc import Collection, Iterator, Sequence
@@ -37,6 +38,8 @@ class VideoSource:
     """Begin of the segment, inclusive, counted from the first frame; None is the begin of the video."""
     end_seconds: float | None = None
     """End of the segment, exclusive; None is the end of the video."""
+    root: Path | None = None
+    """Where links of a folder of pictures must not lead out of, itself without links; None: they may lead anywhere."""
 
     def __post_init__(self) -> None:
         if self.start_seconds is not None and self.end_seconds is not None and self.start_seconds >= self.end_seconds:
@@ -125,7 +128,7 @@ def _detail(error: BaseException) -> str:
 
 
 def _read(source: VideoSource, sampling: SamplingConfig, views: Sequence[int]) -> ViewClips:
-    reader = _open_reader(source.path)
+    reader = _open_reader(source.path, source.root)
     timeline = reader.announced()
     problem = timeline.problem
     plans = _plan(source, sampling, views, timeline.seconds) if len(timeline.seconds) else []
@@ -172,7 +175,7 @@ def _enough_frames(source: VideoSource, timeline: Timeline) -> int | None:
     return num_needed if num_needed < len(timeline.seconds) else None
 
 
-def _open_reader(path: Path) -> FrameReader:
+def _open_reader(path: Path, root: Path | None) -> FrameReader:
     """Look at what the path is before anything opens it: opening a pipe would wait for ever."""
     path = path.absolute()
     try:
@@ -181,10 +184,13 @@ def _open_reader(path: Path) -> FrameReader:
         raise VideoError("missing", f"{path.name}: {error.strerror}") from error
     except PermissionError:
         raise
-    except (OSError, ValueError) as error:  # a loop of links, a name that is too long or holds a NUL
+    except (OSError, ValueError) as error:
+        # A name that holds a NUL or is too long, or a loop of links; others, such as EIO, are the disk's trouble.
+        if isinstance(error, OSError) and error.errno not in (errno.ELOOP, errno.ENAMETOOLONG):
+            raise
         raise VideoError("not_a_file", f"{path.name}: {error}") from error
     if stat.S_ISDIR(status.st_mode):
-        return FrameFolderReader(path)
+        return FrameFolderReader(path, root)
     if not stat.S_ISREG(status.st_mode):
         raise VideoError("not_a_file", f"{path.name} is neither a regular file nor a folder")
     if status.st_size == 0:

@@ -28,6 +28,8 @@ class FrameFolderReader:
 
     path: Path
     """Absolute."""
+    root: Path | None = None
+    """Where pictures that are links must not lead out of; None: they may lead anywhere."""
 
     def files(self) -> list[Path]:
         """The frame files, sorted by name with digits as numbers; hidden files are no frames."""
@@ -49,7 +51,15 @@ class FrameFolderReader:
         """Read the wanted files only."""
         for index, file in enumerate(self.files()):
             if index in wanted:
+                self._refuse_outside(file)
                 yield Decoded(index, _read_picture(file))
+
+    def _refuse_outside(self, file: Path) -> None:
+        if self.root is not None and file.is_symlink() and not file.resolve().is_relative_to(self.root):
+            raise VideoError(
+                "not_a_file",
+                f"{file.name} is a link out of the manifest's root; set data.allow_outside = true where that is meant",
+            )
 
     def observed(self) -> Timeline:
         """The same as announced: every file is a frame."""

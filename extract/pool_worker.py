@@ -108,10 +108,13 @@ def _answer(task: DecodeTask) -> Answer:
 
 
 def _set_signals() -> None:
-    """What the parent ignores or blocks would be so here too. An interrupt is the parent's to decide on."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
+    """What the parent ignores or blocks would be so here too.
+
+    A scheduler signals every process of a job. Whether to stop is the parent's to decide: a worker that died of it would make its
+    video look broken. The parent ends its workers by SIGKILL, and by its own end.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 

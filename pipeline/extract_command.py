@@ -61,7 +61,7 @@ def extract_to_store(
 def wanted_videos(config: RunConfig) -> list[VideoSource]:
     """What the manifest of a config names, but for excluded videos."""
     manifest = load_manifest(config)
-    sources = video_sources(manifest)
+    sources = video_sources(manifest, config.data.allow_outside)
     return [sources[video.video_id] for video in manifest.videos if not video.excluded]
 
 

@@ -34,10 +34,17 @@ from pipeline.shares import Share
 __all__ = ["ChangedInput", "ExtractionReport", "build_spec", "extract_videos", "plan_videos", "video_sources"]
 
 
-def video_sources(manifest: Manifest) -> dict[str, VideoSource]:
-    """The files of a manifest in the words of `extract/`, by video id."""
+def video_sources(manifest: Manifest, allow_outside: bool = False) -> dict[str, VideoSource]:
+    """The files of a manifest in the words of `extract/`, by video id.
+
+    Args:
+        allow_outside: whether links in a folder of pictures may lead out of the manifest's root.
+    """
+    root = None if allow_outside else manifest.root
     return {
-        video.video_id: VideoSource(video.video_id, manifest.path_of(video), video.start_seconds, video.end_seconds)
+        video.video_id: VideoSource(
+            video.video_id, manifest.path_of(video), video.start_seconds, video.end_seconds, root
+        )
         for video in manifest.videos
     }
 

@@ -76,7 +76,7 @@ def rebuild_for(
         raise SetupError(f"the backbone of {store_path} cannot be built: {error}{way_out}") from error
     spec = read_document(open_files(store_path)).spec
     _refuse_other_spec(store_path, spec, build_spec(config, backbone, device))
-    videos = video_sources(load_manifest(config))
+    videos = video_sources(load_manifest(config), config.data.allow_outside)
     return Rebuilt(list(videos.values()), backbone, config)
 
 

@@ -74,50 +74,86 @@ def plan_extraction(
     """
     spec = build_spec(config, backbone, device)
     rows = _missing_rows(config, spec, videos)
-    samples = _two_samples(videos, num_sampled)
+    samples = _samples(config, videos, num_sampled)
     path = str(config.store.path)
     kind = store_kind(path, config.store.kind)
     # Beside the planned store, so that the same disk is measured.
     parent = Path(tempfile.gettempdir()) if "://" in path else _existing_folder(Path(path).absolute().parent)
     folder = Path(tempfile.mkdtemp(prefix=".mastaf-plan-", dir=parent))
     try:
-        small, large = (
+        measured = [
             _measure(folder / f"sample-{index}.{kind}", kind, spec, sample, config, backbone, device)
             for index, sample in enumerate(samples)
-        )
+        ]
         document = StoreDocument(
             spec, kind, config.store.shard_rows, config.store.compression, "0" * 16, make_origin(config, None)
         )
         form = FORMATS[kind](document, LocalFiles(folder))
-        num_files, num_bytes = _sizes(form, document, rows, large, num_workers)
+        num_files, num_bytes = _sizes(form, document, rows, measured[-1], num_workers)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    # Two samples of different size tell what each clip takes from what every run takes once.
-    seconds_per_clip = max(large.seconds - small.seconds, 1e-9) / (large.num_rows - small.num_rows)
-    once = max(large.seconds - large.num_rows * seconds_per_clip, 0.0)
+    speed = _speed([_Point(found.seconds, num_batches(config, found.num_rows)) for found in measured])
+    seconds = speed.once + num_batches(config, len(rows)) * speed.seconds_per_batch / num_workers
     return StorePlan(
         num_videos=len(videos),
         num_rows=len(rows),
         num_shards=-(-len(rows) // config.store.shard_rows),
         num_files=num_files,
         num_bytes=num_bytes,
-        seconds=once + len(rows) * seconds_per_clip / num_workers,
-        clips_per_second=1 / seconds_per_clip,
+        seconds=seconds,
+        clips_per_second=config.extraction.forward_batch / speed.seconds_per_batch,
         num_workers=num_workers,
-        bound_by=large.bound_by,
+        bound_by=measured[-1].bound_by,
         num_sampled=sum(map(len, samples)),
-        num_sampled_rejected=small.num_rejected + large.num_rejected,
+        num_sampled_rejected=sum(found.num_rejected for found in measured),
     )
 
 
-def _two_samples(videos: Sequence[VideoSource], num_sampled: int) -> tuple[list[VideoSource], list[VideoSource]]:
-    """A fifth and the rest of evenly spread videos."""
-    step = max(len(videos) // num_sampled, 1)
-    sample = list(videos)[::step][:num_sampled]
-    if len(sample) < 5:
-        raise SetupError(f"{len(sample)} videos are too few to measure with; a plan needs 5 or more")
-    small = sample[::5]
-    return small, [video for video in sample if video not in small]
+def num_batches(config: RunConfig, num_rows: int) -> int:
+    """Forward passes that rows in shards take. Each is full, so that time goes in steps."""
+    rows, batch = config.store.shard_rows, config.extraction.forward_batch
+    num_full, rest = divmod(num_rows, rows)
+    return num_full * -(-rows // batch) + -(-rest // batch)
+
+
+def _samples(config: RunConfig, videos: Sequence[VideoSource], num_sampled: int) -> list[list[VideoSource]]:
+    """One batch, and three or more, of evenly spread videos; all videos in one sample where there are hardly more than that."""
+    batch = -(-config.extraction.forward_batch // config.sampling.num_views)
+    num_chosen = max(num_sampled // batch, 4) * batch
+    if num_chosen >= len(videos):
+        if not videos:
+            raise SetupError("the manifest names no video; there is nothing to plan")
+        return [list(videos)]
+    chosen = [videos[index * len(videos) // num_chosen] for index in range(num_chosen)]
+    # The small sample is spread as evenly as the large one.
+    small = chosen[:: num_chosen // batch][:batch]
+    names = {video.video_id for video in small}
+    return [small, [video for video in chosen if video.video_id not in names]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    seconds: float
+    num_batches: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Speed:
+    once: float
+    """Seconds that every run takes once, such as starting decoding processes."""
+    seconds_per_batch: float
+
+
+def _speed(points: list[_Point]) -> _Speed:
+    """From two samples of different size, or one."""
+    large = points[-1]
+    if len(points) == 2:
+        slope = (large.seconds - points[0].seconds) / (large.num_batches - points[0].num_batches)
+        once = points[0].seconds - points[0].num_batches * slope
+        # Else other work on the machine had more to say than the samples.
+        if slope > 0 and once >= 0:
+            return _Speed(once, slope)
+    return _Speed(0.0, large.seconds / large.num_batches)
 
 
 def _existing_folder(folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """Reading real video files: which frames come back, when they are shown, and how they are cut."""
 
+import errno
 import random
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -15,7 +16,7 @@ from PIL import Image
 from extract import container
 from extract.config import SamplingConfig
 from extract.container_times import FrameTimes
-from extract.decode import VideoSource, VideoTooShortError, ViewClips, read_views
+from extract.decode import VideoError, VideoSource, VideoTooShortError, ViewClips, read_views
 from extract.folder import FrameFolderReader
 
 WriteVideo = Callable[..., Path]
@@ -24,7 +25,7 @@ SMALL = SamplingConfig(num_frames=8, resize_size=32, crop_size=32)
 VARIABLE_TIMES = [*range(0, 320, 40), *range(1000, 4200, 100)]
 
 
-def read(path: Path, sampling: SamplingConfig = SMALL, views: tuple[int, ...] = (0,), **segment: float) -> ViewClips:
+def read(path: Path, sampling: SamplingConfig = SMALL, views: tuple[int, ...] = (0,), **segment: Any) -> ViewClips:
     return read_views(VideoSource(path.name, path, **segment), sampling, views)
 
 
@@ -373,3 +374,26 @@ def test_views_must_be_named() -> None:
     for views in ((), (-1,)):
         with pytest.raises(ValueError, match="views must be numbers from 0 on"):
             read(Path("absent.mp4"), SMALL, views)
+
+
+def test_pictures_that_are_links_out_of_the_root_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    folder = tmp_path / "root" / "video"
+    folder.mkdir(parents=True)
+    for index in range(8):
+        Image.new("RGB", (40, 40), (index, 0, 0)).save(tmp_path / "outside" / f"{index}.png")
+        (folder / f"{index}.png").symlink_to(tmp_path / "outside" / f"{index}.png")
+    sampling = SamplingConfig(num_frames=8, resize_size=32, crop_size=32)
+    with pytest.raises(VideoError, match=r"not_a_file: 0\.png is a link out of the manifest's root"):
+        read_views(VideoSource("video", folder, root=tmp_path / "root"), sampling, [0])
+    for root in (tmp_path, None):
+        assert read_views(VideoSource("video", folder, root=root), sampling, [0]).status == "ok"
+
+
+def test_trouble_of_the_disk_is_not_called_a_bad_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sick(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "stat", sick)
+    with pytest.raises(VideoError, match=r"unexpected: .*Input/output error"):
+        read_views(VideoSource("video", tmp_path / "a.mp4"), SamplingConfig(), [0])
