@@ -23,16 +23,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 # E402: the path above comes first.
-from benchmarks.decode_pool import write_video  # noqa: E402
-from cache.open import open_store  # noqa: E402
-from configs.load import load_config  # noqa: E402
-from configs.schema import RunConfig  # noqa: E402
-from extract.build import build_backbone  # noqa: E402
-from extract.decode import VideoSource, ViewClips  # noqa: E402
-from extract.pool import DecodePool, DecodeTask, decoded_in_order  # noqa: E402
-from pipeline.extraction import build_spec, extract_videos  # noqa: E402
-from pipeline.extraction_feed import num_decode_workers  # noqa: E402
-from pipeline.model import forward_in_full_batches  # noqa: E402
+from benchmarks.decode_pool import write_video
+from cache.open import open_store
+from configs.load import load_config
+from configs.schema import RunConfig
+from extract.build import build_backbone
+from extract.decode import VideoSource, ViewClips
+from extract.pool import DecodePool, DecodeTask, decoded_in_order
+from pipeline.extraction import build_spec, extract_videos
+from pipeline.extraction_feed import num_decode_workers
+from pipeline.model import forward_in_full_batches
 
 
 @dataclass(slots=True)
