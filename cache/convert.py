@@ -14,7 +14,9 @@ from cache.disk_store import DiskStore
 from cache.errors import StoreError
 from cache.format import Cubes
 from cache.open import open_disk_store, store_kind
-from cache.rows import RowOutcome, Shard
+from cache.rows import RowKey, RowOutcome, Shard
+
+_GONE = RowOutcome("rejected", "missing", "removed or planned anew before it was converted")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ def convert(
     Raises:
         StoreError: the target is the source, or holds another spec; a row of the source cannot be read.
     """
-    if str(target_path) == source.url:
+    if _is_same_place(str(target_path), source.url):
         raise StoreError(f"{target_path} cannot be converted into itself; name another store")
     spec = converted_spec(source.spec, dtype)
     target = open_disk_store(
@@ -82,10 +84,10 @@ def convert(
     with target:
         rows = source.rows()
         finished = [key for key in rows if source.outcome(key.video_id, key.view) is not None]
-        target.plan_rows(finished)
+        _follow(source, target, finished, spec)
         pending = target.pending()
         for done, shard in enumerate(pending, 1):
-            target.commit(shard, *_read(source, shard, spec))
+            target.commit(shard, *_read(source, target, shard, spec))
             on_progress(done, len(pending))
         overflowed = sum(
             (outcome := target.outcome(key.video_id, key.view)) is not None and outcome.reason == "not_finite"
@@ -100,10 +102,35 @@ def convert(
         )
 
 
-def _read(source: DiskStore, shard: Shard, spec: Spec) -> tuple[dict[str, Cubes], list[RowOutcome]]:
+def _is_same_place(first: str, second: str) -> bool:
+    return first == second or ("://" not in first + second and Path(first).resolve() == Path(second).resolve())
+
+
+def _follow(source: DiskStore, target: DiskStore, finished: list[RowKey], spec: Spec) -> None:
+    """Plan what the target lacks; take out, or make anew, what has changed in the source since an earlier conversion."""
+    ids = set(source.ids())
+    gone = [video_id for video_id in target.ids() if video_id not in ids]
+    if gone:
+        target.remove(gone)
+    is_same_spec = spec.fingerprint == source.spec.fingerprint
+    changed = []
+    for key in finished:
+        outcome = target.outcome(key.video_id, key.view)
+        if outcome is None or outcome.reason == "not_finite":
+            continue
+        if outcome != source.outcome(key.video_id, key.view) or (
+            is_same_spec and target.row_hashes(key) != source.row_hashes(key)
+        ):
+            changed.append(key)
+    target.replan(changed)
+    target.plan_rows(finished)
+
+
+def _read(source: DiskStore, target: DiskStore, shard: Shard, spec: Spec) -> tuple[dict[str, Cubes], list[RowOutcome]]:
     outcomes = []
-    for key in shard.rows:
-        outcome = source.outcome(key.video_id, key.view)
+    for key, is_wanted in zip(shard.rows, target.wanted(shard), strict=True):
+        # A row that has left this place needs no values.
+        outcome = source.outcome(key.video_id, key.view) if is_wanted else _GONE
         if outcome is None:
             raise StoreError(f"view {key.view} of video {key.video_id!r} left {source.url} during the conversion")
         outcomes.append(outcome)

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from cache.document import SPEC, Plan, StoreDocument, put_twice, read_document
-from cache.errors import StoreError
+from cache.errors import ShardHeld, StoreError
 from cache.files import Files
 from cache.format import Cubes, Format
 from cache.leases import Leases
 from cache.ledger import Ledger
-from cache.records import ShardDrop, ShardRecord, checksum
-from cache.row_table import RowTable
+from cache.records import Record, ShardDrop, ShardRecord, checksum, encode_line
+from cache.row_table import RowTable, check_segment
 from cache.rows import Claim, FileRecord, RowKey, RowRecord, Segment, Shard
 from cache.table import TableStore
 
@@ -32,6 +32,21 @@ def make_document(files: Files, document: StoreDocument) -> None:
     # Under the lock, or a second writer could take the half-written copy for the litter of a killed one.
     with files.lock():
         put_twice(files, SPEC, document.to_json(), replace=False)
+
+
+def matching_record(files: Files, first: ShardRecord, second: ShardRecord) -> ShardRecord:
+    """Which of two commits of one shard the files belong to; the same one in any order of reading."""
+    first, second = sorted((first, second), key=encode_line)
+    if first.files == second.files:
+        return first
+    found: dict[str, FileRecord | None] = {}
+    for name in second.files:
+        try:
+            data = files.read(name)
+            found[name] = FileRecord(len(data), checksum(data))
+        except FileNotFoundError:
+            found[name] = None
+    return second if found == second.files else first
 
 
 def new_store_id() -> str:
@@ -58,6 +73,7 @@ class DiskStore(TableStore):
         self._ledger = Ledger(files, self._store_id)
         self._leases = Leases(files, self._ledger)
         self._num_segments_followed = 0
+        self._waiting: list[Record] = []
         if mode == "a":
             self._recover()
         self._refresh()
@@ -73,29 +89,20 @@ class DiskStore(TableStore):
         return self._document.origin
 
     def _refresh(self) -> None:
-        # Records first: whoever committed a shard had planned it before.
-        records = self._ledger.new_records()
+        # Records first: whoever committed a shard had planned it before. They wait until they are taken in, whatever fails between.
+        self._waiting += self._ledger.new_records()
         for segment in self._plan.new_segments():
             self._table.add_segment(segment)
-        for record in records:
-            other = self._table.take_in(record)
-            if other is not None and isinstance(record, ShardRecord):
-                # Two writers made the shard, by mistake and past its lease: the files belong to one of them.
-                self._table.records[record.shard_index] = self._on_disk(other, record)
-
-    def _on_disk(self, first: ShardRecord, second: ShardRecord) -> ShardRecord:
-        """Which of two commits of one shard the files belong to; the first if neither."""
-        return second if self._found_files(second.files) == second.files else first
-
-    def _found_files(self, wanted: dict[str, FileRecord | None]) -> dict[str, FileRecord | None]:
-        found: dict[str, FileRecord | None] = {}
-        for name in wanted:
-            try:
-                data = self._files.read(name)
-                found[name] = FileRecord(len(data), checksum(data))
-            except FileNotFoundError:
-                found[name] = None
-        return found
+        num_taken = 0
+        try:
+            for record in self._waiting:
+                other = self._table.take_in(record)
+                if other is not None and isinstance(record, ShardRecord):
+                    # Two writers made the shard, by mistake and past its lease: the files belong to one of them.
+                    self._table.records[record.shard_index] = matching_record(self._files, other, record)
+                num_taken += 1
+        finally:
+            del self._waiting[:num_taken]
 
     def _recover(self) -> None:
         with self._files.lock():
@@ -113,6 +120,7 @@ class DiskStore(TableStore):
             self._refresh()
             segment = make()
             if segment.rows or segment.removed:
+                check_segment(segment)
                 self._plan.add_segment(segment)
                 self._refresh()
                 self._write_derived()
@@ -160,6 +168,13 @@ class DiskStore(TableStore):
 
     def _write_shard(self, shard: Shard, blocks: dict[str, Cubes]) -> dict[str, FileRecord | None]:
         encoded = self._format.encode(shard.index, blocks)
+        # Encoding takes a while. After a stall that was longer than a lease, the shard may be another's by now.
+        claim = self.claim(shard)
+        if claim.state != "ours":
+            raise ShardHeld(
+                f"shard {shard.index} of {self.url} was taken over, as this writer was silent for too long; it is "
+                + (f"being made by {claim.holder}" if claim.holder else "committed")
+            )
         for name, data in encoded.items():
             if data is None:
                 self._files.delete(name)
@@ -170,13 +185,17 @@ class DiskStore(TableStore):
     def _publish(self, record: ShardRecord) -> None:
         self._ledger.append(record)
 
-    def drop(self, shard_index: int, why: str) -> tuple[RowRecord, ...]:
-        """Give up a committed shard whose data is damaged; its rows are pending again. Returns what had been committed."""
+    def drop(self, shard_index: int, why: str, generation: int | None = None) -> tuple[RowRecord, ...]:
+        """Give up a committed shard whose data is damaged; its rows are pending again. Returns what had been committed.
+
+        Args:
+            generation: of the commit that is meant; another one stays. None: whichever there is.
+        """
         self._check_writable()
         with self._lock:
             self._refresh()
             record = self._table.records.get(shard_index)
-            if record is None:
+            if record is None or generation not in (None, record.generation):
                 return ()
             drop = ShardDrop(shard_index, record.generation, self._store_id, why)
             self._ledger.append(drop)
@@ -214,7 +233,8 @@ class DiskStore(TableStore):
 
     def close(self) -> None:
         """Let go of leases, ledger and files."""
-        with contextlib.suppress(OSError, StoreError):
-            self._leases.close()
-        self._ledger.close()
-        self._format.close()
+        with self._lock:
+            with contextlib.suppress(OSError, StoreError):
+                self._leases.close()
+            self._ledger.close()
+            self._format.close()

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cache.cube import Spec, canonical_json, sha256_of
-from cache.errors import StoreDamaged
+from cache.errors import StoreDamaged, StoreError
 from cache.files import Files
+from cache.records import MALFORMED
 from cache.rows import RowKey, Segment
 
 FORMAT = 2
@@ -29,7 +30,7 @@ def unseal(data: bytes) -> dict[str, Any] | None:
     """The document within; None when the bytes are not exactly what `seal` gave."""
     try:
         value = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     document = value.get("document") if isinstance(value, dict) else None
     # Byte for byte, so that not even a space can change unseen.
@@ -80,13 +81,15 @@ class StoreDocument:
                 f"{where} has format {value.get('format')!r}, this version reads {FORMAT}; extract into a new store"
             )
         try:
-            spec = Spec.from_json(value["spec"])
-        except ValueError as error:
-            raise StoreDamaged(f"{where} cannot be read by this version: {error}") from error
-        layout = value["layout"]
-        return cls(
-            spec, layout["backend"], layout["shard_rows"], layout["compression"], value["store"], value["origin"]
-        )
+            layout = value["layout"]
+            texts = [layout["backend"], layout["compression"], value["store"]]
+            if type(layout["shard_rows"]) is not int or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"layout {layout!r}: expected texts, and an integer shard_rows")
+            return cls(
+                Spec.from_json(value["spec"]), texts[0], layout["shard_rows"], texts[1], texts[2], dict(value["origin"])
+            )
+        except MALFORMED as error:
+            raise StoreDamaged(f"{where} cannot be read by this version: {type(error).__name__}: {error}") from error
 
 
 def read_document(files: Files) -> StoreDocument:
@@ -118,9 +121,9 @@ class Plan:
         """Steps that were added, by anyone, since the last call; in order."""
         names = self._files.sizes("ledger")
         while (name := self.name(self._num_segments)) in names or copy_of(name) in names:
-            segment = segment_from_json(read_sealed(self._files, name), self._store_id, self._files.path_of(name))
+            yield segment_from_json(read_sealed(self._files, name), self._store_id, self._files.path_of(name))
+            # Only now: a step that the caller could not take in is given again.
             self._num_segments += 1
-            yield segment
 
     def add_segment(self, segment: Segment) -> None:
         """Write the next step; the caller has read all steps, and reads this one back by `new_segments`."""
@@ -152,5 +155,10 @@ def segment_from_json(value: dict[str, Any], store_id: str, where: str) -> Segme
     """The inverse; `where` names the file in errors."""
     if value.get("store") != store_id:
         raise StoreDamaged(f"{where} belongs to another store; put the right file in its place")
-    rows, removed = (tuple(RowKey(video_id, view) for video_id, view in value[name]) for name in ("rows", "removed"))
+    try:
+        rows, removed = (
+            tuple(RowKey(video_id, view) for video_id, view in value[name]) for name in ("rows", "removed")
+        )
+    except (*MALFORMED, StoreError) as error:
+        raise StoreDamaged(f"{where} cannot be read by this version: {type(error).__name__}: {error}") from error
     return Segment(rows, removed)

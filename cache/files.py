@@ -293,6 +293,9 @@ class _LocalLog:
             os.utime(self._path)
 
     def close(self) -> None:
+        # For those whom locks do not reach: a writer that ended is not waited for.
+        with contextlib.suppress(OSError):
+            os.utime(self._path, (0, 0))
         self._file.close()
 
 

@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cache.disk_store import matching_record
 from cache.document import SPEC, Plan, StoreDocument, copy_of, segment_from_json, unseal
 from cache.errors import StoreDamaged, StoreError
 from cache.files import Files, owner_of
 from cache.ledger import ENDING, FOLDER, split_lines
 from cache.records import Record, ShardRecord
 from cache.row_table import RowTable
-from cache.rows import RowKey
+from cache.rows import RowKey, Segment
 
 Part = Literal["spec", "plan", "ledger", "derived", "data"]
 
@@ -36,7 +37,8 @@ class Inspection:
 
     document: StoreDocument
     table: RowTable
-    num_segments: int = 0
+    segments: list[Segment] = field(default_factory=list)
+    """The steps of the plan."""
     damages: list[Damage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What is not whole but no damage either: lines that killed writers left torn."""
@@ -61,13 +63,13 @@ def inspect(files: Files) -> Inspection:
     # Records first: whoever committed a shard had planned it before.
     records = list(_records(files, found))
     names = files.sizes("ledger")
-    while (name := Plan.name(found.num_segments)) in names or copy_of(name) in names:
+    while (name := Plan.name(len(found.segments))) in names or copy_of(name) in names:
         data = _either_copy(files, name, "plan", damages, documents)
-        found.table.add_segment(segment_from_json(data, document.store_id, files.path_of(name)))
-        found.num_segments += 1
+        found.segments.append(segment_from_json(data, document.store_id, files.path_of(name)))
+        found.table.add_segment(found.segments[-1])
     found.metadata_bytes = sum(map(len, documents.values())) + sum(names.values())
     for record_file, record in records:
-        _take_in(found, record_file, record)
+        _take_in(files, found, record_file, record)
     return found
 
 
@@ -126,7 +128,7 @@ def _records(files: Files, found: Inspection) -> Iterator[tuple[str, Record]]:
             found.good_logs[name] = bytes(good)
 
 
-def _take_in(found: Inspection, file: str, record: Record) -> None:
+def _take_in(files: Files, found: Inspection, file: str, record: Record) -> None:
     try:
         if isinstance(record, ShardRecord):
             found.table.check_rows(record)
@@ -134,5 +136,6 @@ def _take_in(found: Inspection, file: str, record: Record) -> None:
     except (StoreError, IndexError) as error:
         found.damages.append(Damage("ledger", file, f"a line does not fit the plan: {error}", record.shard_index))
         return
-    if other is not None and isinstance(record, ShardRecord) and other.files != record.files:
+    if other is not None and isinstance(record, ShardRecord):
+        found.table.records[record.shard_index] = matching_record(files, other, record)
         found.notes.append(f"shard {record.shard_index} was committed twice; the commit that the files match counts")

@@ -6,6 +6,7 @@ A lease counts as long as its owner is alive (`Files.is_alive`); that of a dead 
 
 import contextlib
 import json
+import re
 import threading
 import time
 from typing import Any
@@ -17,6 +18,8 @@ from cache.ledger import Ledger
 
 FOLDER = "ledger/leases"
 SECONDS_BETWEEN_BEATS = 20.0
+MOST_TRIES = 100
+_LOG = re.compile(r"ledger/[A-Za-z0-9._]+-[0-9]+-[0-9a-f]+\.jsonl")
 
 
 def lease_name(shard_index: int) -> str:
@@ -38,21 +41,27 @@ class Leases:
     def take(self, shard_index: int) -> str | None:
         """Ask for a shard; None when it is ours now, else who has it, in a person's words."""
         log = self._ledger.claim()
-        # After a failed write we have another log, and the lease under the old one counts no longer.
-        if self._mine.get(shard_index) == log.name:
+        # After a failed write we have another log, and the lease under the old one counts no longer. Where no lock tells who is
+        # alive, another writer may have taken over the lease of one that was silent for too long.
+        if self._mine.get(shard_index) == log.name and self._names_us(shard_index):
             return None
         self._start_beats()
         lease = canonical_json({"log": log.name, "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
         if not self._make(shard_index, lease.encode("ascii")):
             # Under the lock, or two writers could each remove the other's fresh lease for the stale one.
             with self._files.lock():
-                while not self._make(shard_index, lease.encode("ascii")):
+                for _ in range(MOST_TRIES):
+                    if self._make(shard_index, lease.encode("ascii")):
+                        break
                     held = self._read(shard_index)
                     if held is not None and self._is_anothers(held):
                         return _in_words(held)
                     # One that was given back meanwhile is not removed: the next one there may be another's already.
                     if held is not None:
                         self._files.delete(lease_name(shard_index))
+                else:
+                    path = self._files.path_of(lease_name(shard_index))
+                    raise StoreError(f"{path} can neither be made nor read; remove it")
         self._mine[shard_index] = log.name
         return None
 
@@ -63,6 +72,10 @@ class Leases:
         except FileExistsError:
             return False
         return True
+
+    def _names_us(self, shard_index: int) -> bool:
+        held = self._read(shard_index)
+        return held is not None and held.get("log") == self._ledger.own_name
 
     def _is_anothers(self, held: dict[str, Any]) -> bool:
         log = held.get("log")
@@ -76,24 +89,25 @@ class Leases:
             return None
         except ValueError:
             return {}
-        return lease if isinstance(lease, dict) and {"log", "since"} <= lease.keys() else {}
+        is_lease = isinstance(lease, dict) and {"log", "since"} <= lease.keys()
+        # A name that leads elsewhere is none of ours, and is not opened.
+        return lease if is_lease and isinstance(lease["log"], str) and _LOG.fullmatch(lease["log"]) else {}
 
     def release(self, shard_index: int) -> None:
         """Give a shard back, done or not."""
         log_name = self._mine.pop(shard_index, None)
         # Under an older log it may have been taken over; if not, it is removed as that of a dead writer.
-        if log_name is not None and log_name == self._ledger.own_name:
+        if log_name is not None and log_name == self._ledger.own_name and self._names_us(shard_index):
             self._files.delete(lease_name(shard_index))
 
     def held_by_others(self) -> dict[int, str]:
         """Shard -> who has it, for every lease of another writer that is alive."""
         found = {}
         for name in self._files.sizes(FOLDER):
-            with contextlib.suppress(ValueError):
-                shard_index = int(name.removeprefix(f"{FOLDER}/shard-").removesuffix(".json"))
-                held = self._read(shard_index)
-                if held is not None and self._is_anothers(held):
-                    found[shard_index] = _in_words(held)
+            shard_index = _shard_of(name)
+            held = None if shard_index is None else self._read(shard_index)
+            if shard_index is not None and held is not None and self._is_anothers(held):
+                found[shard_index] = _in_words(held)
         return found
 
     def remove_dead(self) -> None:
@@ -102,12 +116,11 @@ class Leases:
         for name in self._files.sizes(FOLDER):
             if not name.endswith(".json"):
                 continue  # a lease that a living writer is about to make
-            try:
-                log = str(json.loads(self._files.read(name))["log"])
-            except FileNotFoundError:
+            shard_index = _shard_of(name)
+            held = {} if shard_index is None else self._read(shard_index)
+            if held is None:
                 continue
-            except (ValueError, KeyError, TypeError):
-                log = ""
+            log = str(held.get("log", ""))
             if log not in alive:
                 alive[log] = bool(log) and (log == self._ledger.own_name or self._files.is_alive(log))
             if not alive[log]:
@@ -129,6 +142,11 @@ class Leases:
             # What cannot be removed now counts no longer once our log is closed.
             with contextlib.suppress(OSError, StoreError):
                 self.release(shard_index)
+
+
+def _shard_of(name: str) -> int | None:
+    digits = name.removeprefix(f"{FOLDER}/shard-").removesuffix(".json")
+    return int(digits) if re.fullmatch(r"[0-9]{8,12}", digits) else None
 
 
 def _in_words(held: dict[str, Any]) -> str:

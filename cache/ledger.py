@@ -12,6 +12,8 @@ from cache.files import Files, Log, log_of
 from cache.records import Record, decode_line, encode_line
 
 FOLDER = "ledger"
+HOLE = bytes(8)
+"""Zeros that no line holds: blocks of a file that had got its length, but not its content, when the power went."""
 ENDING = ".jsonl"
 
 
@@ -35,8 +37,8 @@ def split_lines(data: bytes) -> Iterator[Line]:
     while start < len(data):
         end = data.find(b"\n", start)
         line = data[start:] if end < 0 else data[start:end]
-        # The end of a log without a newline was torn by a kill, unless only its newline has flipped.
-        is_torn = end < 0 and decode_line(line[:-1]) is None
+        # The end of a log without a newline was torn by a kill, unless only its newline has flipped. A power cut may leave a hole.
+        is_torn = (end < 0 and decode_line(line[:-1]) is None) or (start + len(line) + 1 >= len(data) and HOLE in line)
         yield Line(start, line, decode_line(line) if end >= 0 else None, is_torn)
         start += len(line) + 1
 
@@ -58,15 +60,18 @@ class Ledger:
         """Whole lines that were appended, by anyone, since the last call.
 
         Raises:
-            StoreDamaged: a line does not match its checksum and is not the last of its log, or belongs to another store.
+            StoreDamaged: a line does not match its checksum and was not torn by a kill, or belongs to another store.
         """
         records: list[Record] = []
+        bytes_read: dict[str, int] = {}
         for name, size in sorted(self.logs().items()):
             start = self._bytes_read.get(name, 0)
             if size > start:
                 found, num_good_bytes = self._good_lines(self._files.read(name, start), name, start)
                 records += found
-                self._bytes_read[name] = start + num_good_bytes
+                bytes_read[name] = start + num_good_bytes
+        # Only now: what an error kept from being handed over is read again.
+        self._bytes_read |= bytes_read
         return records
 
     def _good_lines(self, data: bytes, name: str, start: int) -> tuple[list[Record], int]:
@@ -74,7 +79,7 @@ class Ledger:
         records: list[Record] = []
         for line in split_lines(data):
             if line.record is None:
-                if line.start + len(line.data) + 1 < len(data):
+                if not line.is_torn:
                     raise StoreDamaged(
                         f"{self._files.path_of(name)} is damaged at byte {start + line.start}: a line does not match its "
                         f"checksum. Mend the store: mastaf store repair {self._files.url}"

@@ -80,10 +80,10 @@ def store_kind(path: str | Path | None, kind: str | None) -> str:
         if path is None:
             raise StoreError("give the path of a store, such as cubes.zarr, or kind 'memory'")
         ending = PurePath(path).suffix
-        if ending in ENDINGS:
-            kind = ENDINGS[ending]
-        elif is_store(open_files(path)):
+        if is_store(open_files(path)):
             kind = read_document(open_files(path)).backend
+        elif ending in ENDINGS:
+            kind = ENDINGS[ending]
         else:
             raise StoreError(
                 f"store {path}: cannot tell the backend from the ending {ending!r}; end it in {' or '.join(ENDINGS)}"

@@ -14,8 +14,10 @@ from cache.cube import canonical_json
 from cache.errors import StoreDamaged
 from cache.rows import FileRecord, RowKey, RowOutcome, RowRecord
 
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError)
+"""What reading JSON of an unexpected form raises."""
 _LINE = re.compile(rb'\{"crc32":"([0-9a-f]{8})","record":(\{.*\})\}', re.DOTALL)
-_STATUS = re.compile(rb'"status":"([odr])')
+_STATUS = re.compile(rb'"status":"([odr])[a-z]*","video_id":')
 
 
 def checksum(data: bytes) -> str:
@@ -117,15 +119,28 @@ def decode_line(line: bytes) -> Record | None:
     match = _LINE.fullmatch(line)
     if match is None or checksum(match[2]) != match[1].decode("ascii"):
         return None
-    document = json.loads(match[2])
-    kind, index, generation = document.get("kind"), document.get("shard"), document.get("generation")
+    try:
+        return _record(match[2])
+    except MALFORMED as error:
+        # The checksum is right, so this was written on purpose.
+        raise StoreDamaged(f"a ledger line is none of this version: {type(error).__name__}: {error}") from error
+
+
+def _record(text: bytes) -> Record:
+    document = json.loads(text)
+    kind, index, generation = document["kind"], document["shard"], document["generation"]
+    if type(index) is not int or type(generation) is not int or generation < 0:
+        raise ValueError(f"shard {index!r}, generation {generation!r}: expected integers from 0")
     if kind == "drop":
-        return ShardDrop(index, generation, document["store"], document["why"])
+        return ShardDrop(index, generation, str(document["store"]), str(document["why"]))
     if kind != "commit":
-        raise StoreDamaged(f"ledger line of kind {kind!r}: written by a newer version, update to read it")
+        raise ValueError(f"kind {kind!r}: written by a newer version, update to read it")
     files = {
-        name: None if file is None else FileRecord(file["bytes"], file["crc32"])
+        str(name): None if file is None else FileRecord(int(file["bytes"]), str(file["crc32"]))
         for name, file in document["files"].items()
     }
-    rows_text = match[2][match[2].index(b',"rows":') + len(b',"rows":') : -1]
-    return ShardRecord(index, generation, document["store"], files, rows_text, status_initials(rows_text))
+    rows_text = text[text.index(b',"rows":') + len(b',"rows":') : -1]
+    initials = status_initials(rows_text)
+    if len(initials) != len(document["rows"]):
+        raise ValueError(f"{len(document['rows'])} rows, {len(initials)} of them with a status")
+    return ShardRecord(index, generation, str(document["store"]), files, rows_text, initials)

@@ -4,11 +4,11 @@ import hashlib
 import itertools
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import get_args
 
 from cache.cube import Spec, canonical_json
-from cache.errors import RowNotReady, RowRejected, StoreError
+from cache.errors import RowNotReady, RowRejected, StoreDamaged, StoreError
 from cache.records import Record, ShardDrop, ShardRecord
 from cache.rows import RowKey, RowOutcome, RowRecord, Segment, Shard, Status
 
@@ -120,9 +120,7 @@ class RowTable:
 
     def add_segment(self, segment: Segment) -> None:
         """Take in one step of the plan; shards that exist stay as they are."""
-        if len(set(segment.rows)) != len(segment.rows):
-            twice = Counter(segment.rows).most_common(1)[0][0]
-            raise StoreError(f"the plan holds view {twice.view} of video {twice.video_id!r} twice")
+        check_segment(segment)
         for key in segment.removed:
             remaining = {view: place for view, place in self._views_of(key.video_id).items() if view != key.view}
             if remaining:
@@ -166,6 +164,9 @@ class RowTable:
             if known is not None and known.generation < self._generations[index]:
                 del self.records[index]
             return None
+        num_rows = self._shard_starts[index + 1] - self._shard_starts[index]
+        if len(record.initials) != num_rows:
+            raise StoreDamaged(f"the ledger has {len(record.initials)} rows for shard {index}, the plan {num_rows}")
         if record.generation < self._generations[index]:
             return None
         # A commit shows that all before it were dropped, even if the line that said so is lost.
@@ -194,6 +195,19 @@ class RowTable:
         place = self.place(key)
         record = None if place is None else self.records.get(place // self.shard_rows)
         return None if place is None or record is None else self._rows_of(record)[place % self.shard_rows]
+
+    def outcomes_of(self, shard_index: int, video_ids: Container[str]) -> list[tuple[RowKey, RowOutcome | None]]:
+        """Rows of a shard that are of these videos and have their place there; None for one that is not extracted yet."""
+        shard, record = self.shard(shard_index), self.records.get(shard_index)
+        positions = [
+            position
+            for position, (key, is_wanted) in enumerate(zip(shard.rows, self.wanted(shard), strict=True))
+            if is_wanted and key.video_id in video_ids
+        ]
+        if record is None or not positions:
+            return [(shard.rows[position], None) for position in positions]
+        rows = self._rows_of(record)
+        return [(shard.rows[position], rows[position].outcome) for position in positions]
 
     def live_records(self) -> Iterator[RowRecord]:
         """Of every row that is in the store and finished, in the order of the places."""
@@ -225,6 +239,13 @@ class RowTable:
         return StoreError(
             f"video {key.video_id!r} has no view {key.view} in the store (views: {planned}); extract with more views"
         )
+
+
+def check_segment(segment: Segment) -> None:
+    """Raise StoreError where a step of the plan names a row twice."""
+    if len(set(segment.rows)) != len(segment.rows):
+        twice = Counter(segment.rows).most_common(1)[0][0]
+        raise StoreError(f"the plan holds view {twice.view} of video {twice.video_id!r} twice")
 
 
 def _rejection(key: RowKey, outcome: RowOutcome) -> RowRejected:

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 from cache.errors import StoreError
 
+MOST_VIEWS = 1 << 31
 Status = Literal["ok", "degraded", "rejected"]
 
 
@@ -18,8 +19,14 @@ class RowKey:
     def __post_init__(self) -> None:
         if not isinstance(self.video_id, str) or not self.video_id:
             raise StoreError(f"video_id {self.video_id!r}: expected a text of at least one character")
-        if type(self.view) is not int or self.view < 0:
-            raise StoreError(f"view {self.view!r} of video {self.video_id!r}: expected an integer from 0")
+        try:
+            self.video_id.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            raise StoreError(f"video_id {self.video_id!r}: no text that a file name can hold") from None
+        if type(self.view) is not int or not 0 <= self.view < MOST_VIEWS:
+            raise StoreError(
+                f"view {self.view!r} of video {self.video_id!r}: expected an integer from 0 to {MOST_VIEWS - 1}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,14 +5,14 @@ Letters: R rows of a shard, n rows of a read; C channels, T time steps, H W grid
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
 from cache.cube import Spec, sha256_of_row
-from cache.errors import RowDamaged, ShardHeld, StoreError
+from cache.errors import RowDamaged, RowNotReady, ShardHeld, StoreError
 from cache.format import Cubes
 from cache.records import ShardRecord, rows_to_text, status_initials
 from cache.row_table import RowTable, content_hash
@@ -79,7 +79,9 @@ class TableStore(ABC):
         """Like `plan`, for rows that are no product of videos and views."""
         with self._lock:
             self._refresh()
-            self._add_segment(lambda: Segment(rows=tuple(key for key in rows if self._table.place(key) is None)))
+            self._add_segment(
+                lambda: Segment(rows=tuple(dict.fromkeys(key for key in rows if self._table.place(key) is None)))
+            )
 
     def replan(self, rows: Sequence[RowKey]) -> None:
         """As in the `FeatureStore` protocol."""
@@ -90,7 +92,9 @@ class TableStore(ABC):
                     raise StoreError(f"view {key.view} of video {key.video_id!r} is not in the store; plan it first")
             # A row that is still to be made needs no second place.
             self._add_segment(
-                lambda: Segment(rows=tuple(key for key in rows if self._table.row_record(key) is not None))
+                lambda: Segment(
+                    rows=tuple(dict.fromkeys(key for key in rows if self._table.row_record(key) is not None))
+                )
             )
 
     def remove(self, video_ids: Sequence[str]) -> None:
@@ -207,6 +211,13 @@ class TableStore(ABC):
             record = self._table.row_record(RowKey(video_id, int(view)))
         return None if record is None else record.outcome
 
+    def outcomes(self, video_ids: Container[str]) -> Iterator[tuple[RowKey, RowOutcome | None]]:
+        """As in the `FeatureStore` protocol."""
+        for index in range(self._table.num_shards):
+            with self._lock:
+                found = self._table.outcomes_of(index, video_ids)
+            yield from found
+
     def read(self, video_ids: Sequence[str], views: Sequence[int], array: str = "cube") -> Cubes:
         """As in the `FeatureStore` protocol."""
         if array not in self._spec.arrays:
@@ -215,7 +226,12 @@ class TableStore(ABC):
             raise StoreError(f"read of {len(video_ids)} videos with {len(views)} views: give one view per video")
         keys = [RowKey(video_id, int(view)) for video_id, view in zip(video_ids, views, strict=True)]
         with self._lock:
-            places = [self._table.ready_place(key) for key in keys]
+            try:
+                places = [self._table.ready_place(key) for key in keys]
+            except RowNotReady:
+                # Perhaps somebody has committed it since this store was opened.
+                self._refresh()
+                places = [self._table.ready_place(key) for key in keys]
         array_spec = self._spec.arrays[array]
         cubes = np.empty((len(keys), *array_spec.shape), dtype=array_spec.dtype)
         # One row at a time: fancy indexing of a sharded array was 78 times slower in zarr 3.1.6.

@@ -15,6 +15,7 @@ from cache.files import Files
 from cache.format import CHECKSUM, Format
 from cache.inspection import Damage, Inspection, inspect
 from cache.records import ShardRecord, checksum
+from cache.row_table import RowTable
 from cache.rows import RowKey
 
 OnProgress = Callable[[int, int], None]
@@ -61,11 +62,7 @@ def verify(
     found = inspect(files)
     form = make_format(found.document.backend)(found.document, files)
     try:
-        num_bytes = found.metadata_bytes
-        for damage, size in _derived(files, form, found):
-            num_bytes += size
-            if damage is not None:
-                found.damages.append(damage)
+        num_bytes = found.metadata_bytes + _check_derived(files, form, found)
         records = [found.table.records[index] for index in sorted(found.table.records)]
         sizes = _sizes(files, form)
         # Rows are found through the metadata: with damage there, checksums of whole files have to do.
@@ -97,32 +94,49 @@ def verify(
     )
 
 
-def _derived(files: Files, form: Format, found: Inspection) -> Iterator[tuple[Damage | None, int]]:
-    foreign: set[str] = set()
+def _check_derived(files: Files, form: Format, found: Inspection) -> int:
+    """Compare the files that follow from the plan, and note damages; how many bytes were read."""
+    num_bytes = 0
+    differing: dict[str, bytes | None] = {}
     for name, wanted in form.derived(found.table):
-        try:
-            data = files.read(name)
-        except FileNotFoundError:
-            yield Damage("derived", name, "missing"), 0
-            continue
-        if data == wanted or name in foreign:
-            yield None, len(data)
-        elif _is_sealed(files, name, data):
-            foreign |= {name, name + CHECKSUM}
+        data = _content(files, name)
+        num_bytes += len(data or b"")
+        if data != wanted:
+            differing[name] = data
+    earlier = _earlier(form, found) if differing else {}
+    foreign: set[str] = set()
+    for name, data in differing.items():
+        if data == earlier.get(name):
+            found.notes.append(
+                f"{name}: as it was before the plan's last step; the next opening for writing brings it up to date"
+            )
+        elif data is not None and _content(files, name + CHECKSUM) == checksum(data).encode("ascii") + b"\n":
+            foreign.add(name + CHECKSUM)
             found.notes.append(
                 f"{name}: whole, but written by another version of its library, or before the plan grew; "
                 "the next opening for writing brings it up to date"
             )
-            yield None, len(data)
-        else:
-            yield Damage("derived", name, "not what follows from the plan"), len(data)
+        elif name not in foreign:
+            what = "missing" if data is None else "not what follows from the plan"
+            found.damages.append(Damage("derived", name, what))
+    return num_bytes
 
 
-def _is_sealed(files: Files, name: str, data: bytes) -> bool:
+def _earlier(form: Format, found: Inspection) -> dict[str, bytes]:
+    """What followed from the plan before its last step: a writer that grows the store, or was killed then, has it half replaced."""
+    if not found.segments:
+        return {}
+    table = RowTable(found.document.shard_rows)
+    for segment in found.segments[:-1]:
+        table.add_segment(segment)
+    return dict(form.derived(table))
+
+
+def _content(files: Files, name: str) -> bytes | None:
     try:
-        return files.read(name + CHECKSUM) == checksum(data).encode("ascii") + b"\n"
+        return files.read(name)
     except FileNotFoundError:
-        return False
+        return None
 
 
 def _sizes(files: Files, form: Format) -> dict[str, int]:

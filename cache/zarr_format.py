@@ -66,7 +66,11 @@ class ZarrFormat:
             data = memory._store_dict[name].to_bytes()
             if name.endswith("zarr.json"):
                 # Our own layout of the text, so that it does not hang on zarr's version.
-                data = json.dumps(json.loads(data), indent=1, sort_keys=True).encode("ascii") + b"\n"
+                document = json.loads(data)
+                # Older versions write it empty, newer ones leave it out.
+                if document.get("consolidated_metadata", 0) is None:
+                    del document["consolidated_metadata"]
+                data = json.dumps(document, indent=1, sort_keys=True).encode("ascii") + b"\n"
             yield name, data
 
     def _create(self, group: zarr.Group, name: str, num_rows: int) -> "zarr.Array[Any]":

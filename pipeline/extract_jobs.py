@@ -13,7 +13,16 @@ from pipeline.console import progress, say
 from pipeline.extract_command import extract_config, extract_to_store, wanted_videos
 from pipeline.extraction_report import ExtractionReport, report_json, say_report
 from pipeline.job import Job
-from pipeline.launch import WORKER, LaunchError, Place, device_name, find_place, num_cores, refuse_nested_workers
+from pipeline.launch import (
+    WORKER,
+    LaunchError,
+    Place,
+    device_name,
+    find_place,
+    find_ranks,
+    num_cores,
+    refuse_nested_workers,
+)
 from pipeline.shares import Share
 
 CONFIG_OPTIONS = ("manifest", "backbone", "weights", "store", "store_kind", "recipe", "from_run", "overrides")
@@ -73,7 +82,10 @@ def run_extraction(options: dict[str, Any], launch: LaunchOptions) -> dict[str, 
     if launch.slurm is not None:
         return _slurm(options, launch)
     if WORKER in os.environ:
-        return _in_this_process(options, find_place(launch.shard, os.environ))
+        report = _in_this_process(options, find_place(launch.shard, os.environ))
+        # All of the job, from each process: the parent reads them in the ledger.
+        report.pop("problems", None)
+        return report
     place = find_place(launch.shard, os.environ)
     if options["retry_failed"] and place.share.count > 1:
         raise LaunchError(
@@ -114,7 +126,8 @@ def _by_ray(options: dict[str, Any], launch: LaunchOptions, place: Place) -> dic
     from pipeline.ray_engine import extract_with_ray
     from pipeline.reextraction import build_extraction_backbone, make_origin
 
-    if find_place(None, os.environ).share.count > 1:
+    is_array_task = launch.shard is None and place.share.count > 1
+    if is_array_task or find_ranks(os.environ).share.count > 1:
         raise LaunchError("--engine ray in one of several processes: Ray has one driver. Start it once.")
     config, job = _job(options, place.share)
     run = options["from_run"] if options["weights"] is None else None

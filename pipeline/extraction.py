@@ -18,13 +18,13 @@ import torch
 from torch import nn
 
 from cache.cube import ArraySpec, Spec
-from cache.store import FeatureStore, RowKey, Shard
+from cache.store import FeatureStore, Shard
 from configs.schema import RunConfig
 from episodes.datasets import Manifest
 from extract.build import weights_digest
 from extract.decode import VideoSource
 from pipeline.extraction_batches import ShardEmbedder
-from pipeline.extraction_feed import ShardFeed, source_text
+from pipeline.extraction_feed import ShardFeed, is_other_input, source_text
 from pipeline.extraction_report import Clock, ExtractionReport, Work, make_report, worst_outcomes
 from pipeline.extraction_writer import ShardWriter
 from pipeline.interrupts import PromptStop, Stopped
@@ -92,18 +92,24 @@ def plan_videos(store: FeatureStore, videos: Sequence[VideoSource], views: Seque
     _refuse_changed_inputs(store, videos, views)
     store.plan([video.video_id for video in videos], views)
     if retry:
-        rows = [RowKey(video.video_id, view) for video in videos for view in views]
-        outcomes = ((row, store.outcome(row.video_id, row.view)) for row in rows)
-        store.replan([row for row, outcome in outcomes if outcome is not None and outcome.status == "rejected"])
+        found = store.outcomes({video.video_id for video in videos})
+        store.replan(
+            [
+                row
+                for row, outcome in found
+                if row.view in views and outcome is not None and outcome.status == "rejected"
+            ]
+        )
 
 
 def _refuse_changed_inputs(store: FeatureStore, videos: Sequence[VideoSource], views: Sequence[int]) -> None:
-    changed = [
-        f"{video.video_id} (stored from {outcome.source}, now {source_text(video)})"
-        for video in videos
-        for outcome in [store.outcome(video.video_id, views[0])]
-        if outcome is not None and outcome.status != "rejected" and outcome.source not in (None, source_text(video))
-    ]
+    by_id = {video.video_id: video for video in videos}
+    changed = []
+    for row, outcome in store.outcomes(by_id):
+        if row.view == views[0] and outcome is not None and outcome.status != "rejected" and outcome.source is not None:
+            now = source_text(by_id[row.video_id])
+            if is_other_input(outcome.source, now):
+                changed.append(f"{row.video_id} (stored from {outcome.source}, now {now})")
     if changed:
         raise ChangedInput(
             f"{len(changed)} stored videos were made from other input: {'; '.join(changed[:3])}. "
@@ -155,8 +161,9 @@ def extract_videos(
         wanted_views = list(range(config.sampling.num_views)) if views is None else list(views)
         plan_videos(store, videos, wanted_views, retry)
         asked = dict.fromkeys(by_id, wanted_views)
-    num_skipped = sum(outcome is not None for outcome in worst_outcomes(store, asked).values())
     pending = store.pending()
+    outcomes = worst_outcomes(store, asked)
+    num_skipped = sum(outcome is not None for outcome in outcomes.values())
     known = [shard for shard in pending if _is_known(store, shard, by_id)]
     own = share.pick(known) if share is not None else known
     work = _Extraction(store, own, by_id, backbone, config, device, on_progress)
@@ -164,7 +171,8 @@ def extract_videos(
     known_rows = {shard.index: sum(store.wanted(shard)) for shard in known}
     unfinished = {shard.index for shard in store.pending()}
     return make_report(
-        worst_outcomes(store, asked),
+        # A pass over a million rows takes seconds, so it is not made twice for nothing.
+        worst_outcomes(store, asked) if pending else outcomes,
         num_skipped,
         Work(
             num_clips=work.writer.num_rows,
@@ -265,9 +273,11 @@ class _Extraction:
         return self._saved()
 
     def _saved(self) -> str:
+        error = self.writer.error
+        failed = f"; the last commit failed: {error}" if error is not None else ""
         return (
             f"{self.writer.num_rows} of {self._num_rows} clips ({self.writer.num_shards} of {self._num_shards} shards) "
-            "were committed; run the same command again to go on"
+            f"were committed; run the same command again to go on{failed}"
         )
 
 

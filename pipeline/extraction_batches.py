@@ -43,6 +43,9 @@ class ShardEmbedder:
                 for name, array in self._spec.arrays.items()
             }
             self._outcomes = []
+            # An error may have left clips of another shard here.
+            self._clips.fill(0)
+            self._num_clips = 0
         offset = row.position % self._batch_size
         if row.clip is not None:
             self._clips[offset] = row.clip

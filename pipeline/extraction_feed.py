@@ -6,6 +6,7 @@ F frames, H W pixels (both the crop size).
 from __future__ import annotations
 
 import queue
+import stat
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ TASK_BYTES = 256 << 20
 """Clips of one video that are decoded together at most; a video with more views is decoded several times."""
 POLL_SECONDS = 0.1
 """How long a stop, or an error of the writer, may go unnoticed while waiting."""
+_UNKNOWN_SIZE = "bytes=None"
 DEAD = RowOutcome("rejected", "missing", "removed or planned anew before it was extracted")
 MAX_AUTOMATIC_WORKERS = 16
 
@@ -232,7 +234,20 @@ def _without_clips(places: Sequence[_Place], outcome: RowOutcome) -> list[FedRow
 def source_text(video: VideoSource) -> str:
     """What tells whether a row was made from this input: the stretch, and the file's size (moving a file changes nothing)."""
     try:
-        size = video.path.stat().st_size if video.path.is_file() else None
-    except OSError:  # a name that is too long, a folder that may not be entered
+        found = video.path.stat()
+        size = found.st_size if stat.S_ISREG(found.st_mode) else None
+    except (OSError, ValueError):  # gone, not to be reached, or a name that no file can have
         size = None
     return f"bytes={size} start={video.start_seconds} end={video.end_seconds}"
+
+
+def has_file(source: str) -> bool:
+    """Whether there was a file to measure when `source_text` gave this text."""
+    return not source.startswith(_UNKNOWN_SIZE)
+
+
+def is_other_input(stored: str, now: str) -> bool:
+    """Whether two texts of `source_text` tell of different inputs. A file that cannot be reached now is no other file."""
+    stored_size, _, stored_stretch = stored.partition(" ")
+    size, _, stretch = now.partition(" ")
+    return stretch != stored_stretch or (size != stored_size and has_file(now) and has_file(stored))

@@ -92,17 +92,25 @@ class Work:
 
 
 def worst_outcomes(store: FeatureStore, asked: Mapping[str, Sequence[int]]) -> dict[str, RowOutcome | None]:
-    """The worst outcome of each video's views; None while one of them is not extracted."""
-    return {video_id: _worst([store.outcome(video_id, view) for view in views]) for video_id, views in asked.items()}
+    """The worst outcome of each video's views; None while one of them is not extracted. One pass, in the store's order."""
+    worst: dict[str, RowOutcome | None] = dict.fromkeys(asked, _OK)
+    num_found: Counter[str] = Counter()
+    for key, outcome in store.outcomes(asked):
+        if key.view not in asked[key.video_id]:
+            continue
+        num_found[key.video_id] += outcome is not None
+        known = worst[key.video_id]
+        # One object for all that are well: a million outcomes with their sources would take half a gigabyte.
+        if outcome is not None and known is not None and _badness(outcome) > _badness(known):
+            worst[key.video_id] = outcome
+    for video_id, views in asked.items():
+        if num_found[video_id] < len(views):
+            worst[video_id] = None
+    return worst
 
 
-def _worst(outcomes: Sequence[RowOutcome | None]) -> RowOutcome | None:
-    found = [outcome for outcome in outcomes if outcome is not None]
-    if len(found) < len(outcomes):
-        return None
-    worst = max(found, key=lambda outcome: _BEST_FIRST.index(outcome.status))
-    # One object for all that are well: a million outcomes with their sources would take half a gigabyte.
-    return _OK if worst.status == "ok" else worst
+def _badness(outcome: RowOutcome) -> int:
+    return _BEST_FIRST.index(outcome.status)
 
 
 def make_report(outcomes: Mapping[str, RowOutcome | None], num_skipped: int, work: Work) -> ExtractionReport:
@@ -132,14 +140,21 @@ def make_report(outcomes: Mapping[str, RowOutcome | None], num_skipped: int, wor
     )
 
 
-def report_json(report: ExtractionReport) -> dict[str, Any]:
-    """A report as a JSON-able dict."""
-    problems = [
-        {"video_id": video_id, "status": outcome.status, "reason": outcome.reason, "detail": outcome.detail}
-        for video_id, outcome in report.problems
-    ]
+def report_json(report: ExtractionReport, with_problems: bool = True) -> dict[str, Any]:
+    """A report as a JSON-able dict.
+
+    Args:
+        with_problems: also each video that is not ok, under `problems`; a million of them are a large text.
+    """
     holders = [{"process": process, "num_shards": count} for process, count in report.holders]
-    return {**asdict(replace(report, problems=(), holders=())), "problems": problems, "holders": holders}
+    facts = {**asdict(replace(report, problems=(), holders=())), "holders": holders}
+    del facts["problems"]
+    if with_problems:
+        facts["problems"] = [
+            {"video_id": video_id, "status": outcome.status, "reason": outcome.reason, "detail": outcome.detail}
+            for video_id, outcome in report.problems
+        ]
+    return facts
 
 
 def say_report(report: ExtractionReport, store: str) -> None:

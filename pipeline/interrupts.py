@@ -119,10 +119,19 @@ class PromptStop:
                 if self._next_signal(began + self._seconds) is None:
                     return
         except TimeoutError:
-            saved = self._last_words()
-            # A progress bar has hidden the cursor of the terminal.
-            _tell(("\x1b[?25h\n" if os.isatty(2) else "") + f"mastaf: {Stopped(number, saved)}")
+            try:
+                self._say_last_words(number)
+            finally:  # whatever went wrong on the way: the process must not stay
+                os._exit(exit_code(number))
         os._exit(exit_code(number))
+
+    def _say_last_words(self, number: int) -> None:
+        try:
+            saved = self._last_words()
+        except Exception as error:
+            saved = f"what was saved cannot be said ({type(error).__name__}: {error})"
+        # A progress bar has hidden the cursor of the terminal.
+        _tell(("\x1b[?25h\n" if os.isatty(2) else "") + f"mastaf: {Stopped(number, saved)}")
 
     def _next_signal(self, deadline: float | None) -> int | None:
         """Wait for a signal; None at the end of the `with` block. Raises TimeoutError at the deadline."""

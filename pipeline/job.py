@@ -52,6 +52,14 @@ class Job:
             )
         ]
 
+    def num_rows_pending(self, store: FeatureStore) -> int:
+        """Rows of `pending`."""
+        return _num_wanted(store, self.pending(store))
+
+    def num_rows_foreign(self, store: FeatureStore) -> int:
+        """Rows of the share that are not committed, and wait in shards with videos of another manifest."""
+        return _num_wanted(store, self.share.pick(store.pending())) - self.num_rows_pending(store)
+
     def num_rows_left(self) -> int:
         """Rows of the job that are planned, not committed, and not being made by anyone who is alive."""
         store = self.open()
@@ -59,7 +67,11 @@ class Job:
             return 0
         with store:
             held = store.holders()
-            return sum(len(shard.rows) for shard in self.pending(store) if shard.index not in held)
+            return _num_wanted(store, [shard for shard in self.pending(store) if shard.index not in held])
+
+
+def _num_wanted(store: FeatureStore, shards: Sequence[Shard]) -> int:
+    return sum(sum(store.wanted(shard)) for shard in shards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +118,7 @@ def report_job(job: Job, start: Start, reports: Sequence[Mapping[str, Any]]) -> 
         # Processes that died report nothing, and rows that were made anew were done before.
         num_clips = max(_num_done(store) - start.num_done, sum(report["num_clips"] for report in reports))
         row_bytes = sum(prod(array.shape) * int(array.dtype[-2:]) // 8 for array in store.spec.arrays.values())
-        num_rows_elsewhere = store.counts()["pending"]
+        num_rows_left, num_rows_elsewhere = job.num_rows_foreign(store), job.num_rows_pending(store)
         holders = Counter(holder.split(", since ")[0] for holder in store.holders().values())
 
     clock = Clock()
@@ -115,7 +127,7 @@ def report_job(job: Job, start: Start, reports: Sequence[Mapping[str, Any]]) -> 
     work = Work(
         num_clips=num_clips,
         num_bytes=num_clips * row_bytes,
-        num_rows_left=max((report["num_rows_left"] for report in reports), default=0),
+        num_rows_left=num_rows_left,
         num_rows_elsewhere=num_rows_elsewhere,
         num_restarts=sum(report["num_restarts"] for report in reports),
         holders=holders,

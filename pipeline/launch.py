@@ -50,19 +50,24 @@ def find_place(shard: str | None, environment: Mapping[str, str]) -> Place:
     Raises:
         LaunchError: a malformed share, or variables that contradict each other.
     """
-    ranks = _torchrun(environment) or _srun(environment) or Place()
+    ranks = find_ranks(environment)
     if shard is not None:
         share = parse_share(shard)
-        if "RANK" in environment and ranks.share.count > 1 and share != ranks.share:
-            raise LaunchError(
-                f"--shard {shard} in rank {ranks.share.index} of {ranks.share.count} of torchrun: all ranks would do the "
-                "same share. Leave --shard out; the rank is the share."
-            )
+        _refuse_same_share(share, ranks.share, environment)
         place = Place(share, ranks.local_index, ranks.num_local)
     else:
         place = Place(_within(_array(environment), ranks.share), ranks.local_index, ranks.num_local)
     worker = environment.get(WORKER)
     return place if worker is None else _as_worker(place, parse_share(worker))
+
+
+def find_ranks(environment: Mapping[str, str]) -> Place:
+    """The place among the processes that torchrun or `srun` has started; that of a single process outside of both.
+
+    Raises:
+        LaunchError: variables that contradict each other.
+    """
+    return _torchrun(environment) or _srun(environment) or Place()
 
 
 def serve_parent() -> None:
@@ -120,7 +125,8 @@ def device_name(asked: str, place: Place, num_devices: int) -> str:
 def num_cores(environment: Mapping[str, str] = os.environ) -> int:
     """CPU cores for this process: its part of those that Slurm or a container leaves to the job's processes on this machine."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_local = find_place(None, environment).num_local
+    # Not by `find_place`: how many processes there are here does not depend on which share of the work this one has.
+    num_local = parse_share(environment[WORKER]).count if WORKER in environment else find_ranks(environment).num_local
     if "SLURM_STEP_ID" in environment and "SLURM_CPUS_ON_NODE" in environment:
         # srun may have bound this process to its own cores already.
         return max(1, min(usable, _number(environment, "SLURM_CPUS_ON_NODE") // num_local))
@@ -151,6 +157,19 @@ def _absolute(name: str, value: Any) -> str:
 def _as_worker(place: Place, worker: Share) -> Place:
     share = _within(place.share, worker)
     return Place(Share(share.index, share.count, helps=True, group=worker.count), worker.index, worker.count)
+
+
+def _refuse_same_share(share: Share, ranks: Share, environment: Mapping[str, str]) -> None:
+    """Raise LaunchError where all ranks would do the share that was given to one of them."""
+    is_of_rank = share.count % ranks.count == 0 and share.index % ranks.count == ranks.index
+    # Each task of an array has ranks of its own, so there are more shares than ranks.
+    if share == ranks or ranks.count == 1 or ("SLURM_ARRAY_TASK_ID" in environment and is_of_rank):
+        return
+    launcher = "torchrun" if _torchrun(environment) else "srun"
+    raise LaunchError(
+        f"--shard {share.index}/{share.count} in rank {ranks.index} of {ranks.count} of {launcher}: all ranks would do the same "
+        "share. Leave --shard out; the rank is the share."
+    )
 
 
 def _within(outer: Share, inner: Share) -> Share:

@@ -31,11 +31,10 @@ from pipeline.extraction_report import ExtractionReport
 from pipeline.interrupts import Stopped, StopRequest
 from pipeline.job import Job, note_start, report_job
 from pipeline.launch import LaunchError, num_cores
+from pipeline.ray_session import RaySession
 from pipeline.ray_stages import ActorSettings, ShardActor, ShardDecoder, ShardItem
 
 POLL_SECONDS = 0.5
-SHUTDOWN_SECONDS = 30.0
-"""Allowed for Ray to end its processes."""
 DEFAULT_TIMEOUT = 600.0
 """Seconds without a commit after which the run is taken for stuck; more where a shard holds many rows."""
 TIMEOUT_PER_ROW = 10.0
@@ -92,19 +91,16 @@ def extract_with_ray(
         job.store, kind, spec, "a", config.store.shard_rows, config.store.compression, origin
     ) as store:
         plan_videos(store, videos, job.views, retry)
-        shards = job.pending(store)
-        num_rows_left = sum(len(shard.rows) for shard in job.share.pick(store.pending()))
-        num_rows_left -= sum(len(shard.rows) for shard in shards)
-        items = _items(store, shards, videos, config)
+        items = _items(store, job.pending(store), videos, config)
     if timeout is None:
         most_rows = max((len(item.shard.rows) for item in items), default=0)
         timeout = max(DEFAULT_TIMEOUT, TIMEOUT_PER_ROW * most_rows)
     results: list[Mapping[str, Any]] = []
     if items:
-        with _ray(config) as ray:
+        with StopRequest() as stop, _ray(config, job, stop) as ray:
             dataset = _dataset(ray, items, job.store, kind, backbone, config, wants_gpu)
-            _consume(dataset, job, timeout, results, on_progress)
-    return report_job(job, start, [{**result, "num_rows_left": num_rows_left} for result in results])
+            _consume(dataset, job, timeout, results, on_progress, stop)
+    return report_job(job, start, results)
 
 
 def _items(
@@ -128,8 +124,13 @@ def _items(
 
 
 @contextmanager
-def _ray(config: RunConfig) -> Iterator[Any]:
-    """Ray, connected and quiet; ended on the way out."""
+def _ray(config: RunConfig, job: Job, stop: StopRequest) -> Iterator[Any]:
+    """Ray, connected and quiet; ended on the way out.
+
+    Raises:
+        LaunchError: it is not installed.
+        Stopped: a signal came while it started.
+    """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     try:
@@ -141,31 +142,36 @@ def _ray(config: RunConfig) -> Iterator[Any]:
         ) from error
     logging.getLogger("ray").setLevel(logging.ERROR)
     is_own = not os.environ.get("RAY_ADDRESS")
-    with _silent_stderr():
-        ray.init(
-            address="local" if is_own else None,
-            # The actors take one; there must be another to decode.
-            num_cpus=max(2, num_cores()) if is_own else None,
-            include_dashboard=False if is_own else None,
-            object_store_memory=_object_store_bytes(config) if is_own else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    # A block that fails must not be dropped: bad videos are outcomes, and everything else ends the run.
-    context.max_errored_blocks = 0
+    session = RaySession(
+        ray,
+        address="local" if is_own else None,
+        # The actors take one; there must be another to decode.
+        num_cpus=max(2, num_cores()) if is_own else None,
+        include_dashboard=False if is_own else None,
+        object_store_memory=_object_store_bytes(config) if is_own else None,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
     try:
+        with _silent_stderr():
+            session.start(stop)
+        _raise_stopped(job, stop)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        # A block that fails must not be dropped: bad videos are outcomes, and everything else ends the run.
+        context.max_errored_blocks = 0
         # Ray prints to stdout that an actor died; there, only what the user asked for belongs.
         with redirect_stdout(sys.stderr):
             yield ray
     finally:
-        # A run that hangs may hang here, too.
-        ending = threading.Thread(target=ray.shutdown, daemon=True)
-        ending.start()
-        ending.join(SHUTDOWN_SECONDS)
+        session.end(stop)
+
+
+def _raise_stopped(job: Job, stop: StopRequest) -> None:
+    if stop.signal_number is not None:
+        raise Stopped(stop.signal_number, f"what was committed is kept in {job.store}; the same command goes on")
 
 
 @contextmanager
@@ -229,6 +235,7 @@ def _consume(
     timeout: float,
     results: list[Mapping[str, Any]],
     on_progress: Callable[[int, int], None],
+    stop: StopRequest,
 ) -> None:
     """Run the dataset in a thread of its own, and watch the ledger meanwhile."""
     errors: list[BaseException] = []
@@ -245,7 +252,7 @@ def _consume(
     thread = threading.Thread(target=run, name="ray", daemon=True)
     store = job.open()
     assert store is not None
-    with store, StopRequest() as stop:
+    with store:
         thread.start()
         last_done, last_time = -1, time.monotonic()
         while thread.is_alive():
@@ -256,10 +263,7 @@ def _consume(
             if num_done != last_done:
                 last_done, last_time = num_done, time.monotonic()
                 on_progress(num_done, num_rows)
-            if stop.signal_number is not None:
-                raise Stopped(
-                    stop.signal_number, f"what was committed is kept in {job.store}; the same command goes on"
-                )
+            _raise_stopped(job, stop)
             if time.monotonic() - last_time > timeout and thread.is_alive():
                 raise RayFailed(
                     f"Ray has committed no shard for {timeout:.0f} s, {counts['pending']} rows are left; what was committed is "

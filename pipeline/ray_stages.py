@@ -137,10 +137,12 @@ class ShardActor:
             return {"report": "{}", "failure": row["failure"]}
         try:
             # Not when the actor is made: Ray makes an actor that fails anew, without end.
-            if self._store is None or self._embedder is None:
+            if self._embedder is None:
                 self._begin()
             report = self._do(pickle.loads(row["decoded"]), row["clips"])
         except Exception as error:
+            # It holds part of the shard that failed, and the actor may be given another.
+            self._embedder = None
             return {"report": "{}", "failure": carried(error)}
         return {"report": json.dumps(report), "failure": b""}
 
@@ -150,7 +152,8 @@ class ShardActor:
         backbone = settings.get_backbone().to(device).eval()
         # Made here: a machine with other library versions is refused before it writes anything.
         spec = build_spec(settings.config, backbone, device)
-        self._store = open_disk_store(settings.store, settings.store_kind, spec=spec, mode="a")
+        if self._store is None:
+            self._store = open_disk_store(settings.store, settings.store_kind, spec=spec, mode="a")
         self._embedder = ShardEmbedder(spec, backbone, settings.config, device)
 
     def _do(self, decoded: DecodedShard, clips: NDArray[np.uint8]) -> dict[str, Any]:

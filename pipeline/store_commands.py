@@ -11,8 +11,8 @@ from cache.cube import CUBE_DTYPES
 from cache.files import Files
 from cache.inspection import Damage
 from cache.open import FORMATS, is_store, open_disk_store, open_files, store_kind
-from cache.repair import RepairReport
-from cache.store import StoreError
+from cache.repair import RepairPlan, RepairReport
+from cache.store import RowKey, StoreError
 from cache.verify import VerifyReport
 from pipeline.console import progress, say
 
@@ -56,9 +56,7 @@ def _verdict(path: str, report: VerifyReport) -> str:
 
 def _say_damages(damages: Sequence[Damage]) -> None:
     for damage in damages[:SHOWN_DAMAGES]:
-        rows = [f"{key.video_id} (view {key.view})" for key in damage.rows[:3]]
-        more = f" and {len(damage.rows) - 3} more" if len(damage.rows) > 3 else ""
-        say(f"{damage.part}: {damage.file}: {damage.what}" + (f"; rows {', '.join(rows)}{more}" if rows else ""))
+        say(f"{damage.part}: {damage.file}: {damage.what}" + (f"; rows {_names(damage.rows)}" if damage.rows else ""))
     if len(damages) > SHOWN_DAMAGES:
         say(f"... and {len(damages) - SHOWN_DAMAGES} more; all of them with --json")
 
@@ -74,53 +72,118 @@ def _damage_json(damage: Damage) -> dict[str, Any]:
 
 
 def repair_store(
-    path: str, manifest: Path | None, weights: str | None, device: str, num_workers: int
+    path: str, manifest: Path | None, weights: str | None, device: str, num_workers: int, allow_outside: bool = False
 ) -> tuple[dict[str, Any], bool]:
-    """Put back what the store itself knows, then extract anew what it does not; whether nothing is left to do."""
-    from cache.repair import repair
+    """Put back what the store itself knows, and extract anew what it does not; whether nothing is left to do.
 
+    Without a manifest, damaged shards are dropped and their rows stay pending. With one, they are dropped only when it is known
+    that each of their rows can be made again from the same input; a shard with videos that the manifest lacks is kept as it is.
+
+    Raises:
+        SetupError, SpecMismatch, ChangedInput: rows could not be made again as they were; nothing was changed.
+    """
+    from cache.repair import apply_repair, plan_repair
+
+    files = _files(path)
     with progress("verify") as on_progress:
-        report = repair(_files(path), FORMATS.__getitem__, num_workers, on_progress)
-    _say_damages(report.damages)
+        plan = plan_repair(files, FORMATS.__getitem__, num_workers, on_progress)
+    _say_damages(plan.damages)
+    if not plan.damages:
+        say("nothing was damaged")
+    again, kept = None, frozenset[int]()
+    if manifest is not None and (plan.pending or any(shard.rows for shard in plan.damaged)):
+        again = _Again(path, plan, manifest, weights, device, allow_outside)
+        kept = again.kept
+    report = apply_repair(files, FORMATS.__getitem__, plan, kept)
     for name in report.restored:
         say(f"restored: {name}")
-    if not report.damages:
-        say("nothing was damaged")
-    pending = _num_pending_rows(path)
     facts: dict[str, Any] = {
         "store": path,
         "damages": [_damage_json(damage) for damage in report.damages],
         "restored": list(report.restored),
         "dropped_shards": list(report.dropped),
-        "num_rows_pending": pending,
+        "kept_shards": sorted(kept),
+        "num_rows_pending": _num_pending_rows(path),
         "num_rows_changed": None,
+        "num_rows_lost": None,
     }
-    if manifest is None or not pending:
-        if pending:
-            say(f"{pending} rows have to be extracted: mastaf store repair {path} --manifest M")
-        return facts, not pending
-    from pipeline.reextraction import finish_pending
+    if again is not None and facts["num_rows_pending"]:
+        facts |= again.extract(report)
+    elif facts["num_rows_pending"]:
+        say(f"{facts['num_rows_pending']} rows have to be extracted: mastaf store repair {path} --manifest M")
+    return facts, not (facts["num_rows_pending"] or facts["num_rows_lost"] or kept)
 
-    facts["extraction"] = finish_pending(path, manifest, weights, device)
-    facts["num_rows_pending"] = _num_pending_rows(path)
-    facts["num_rows_changed"] = changed = _num_changed(path, report)
-    if changed:
+
+class _Again:
+    """Everything that the extraction of damaged and pending shards needs, made and checked before anything is dropped."""
+
+    def __init__(
+        self, path: str, plan: RepairPlan, manifest: Path, weights: str | None, device: str, allow_outside: bool
+    ) -> None:
+        from pipeline import reextraction
+        from pipeline.setup import choose_device
+
+        self._path = path
+        self._device = choose_device(device)
+        self._rebuilt = reextraction.rebuild_for(path, plan.document, weights, manifest, self._device, allow_outside)
+        videos = self._rebuilt.videos
+        unknown = {shard.index: reextraction.rows_without_a_video(shard.rows, videos) for shard in plan.damaged}
+        self.kept = frozenset(index for index, rows in unknown.items() if rows)
+        """Damaged shards that hold videos which the manifest lacks."""
+        self._before = {row.key: row for row in plan.given_up}
+        for shard in plan.damaged:
+            if shard.index not in self.kept:
+                self._before |= {row.key: row for row in shard.rows}
+        reextraction.refuse_other_inputs(self._before.values(), videos)
+        for index in sorted(self.kept):
+            names = [key.video_id for key in unknown[index]]
+            say(
+                f"shard {index} stays as it is, with what can still be read of it: {len(names)} of its rows are of videos that "
+                f"{manifest} lacks ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+            )
+
+    def extract(self, report: RepairReport) -> dict[str, Any]:
+        """Make the pending rows, and say how they differ from what they were; facts for the report."""
+        from pipeline.reextraction import extract_pending
+
+        extraction = extract_pending(self._path, self._rebuilt, self._device)
+        with open_disk_store(self._path, store_kind(self._path, None)) as store:
+            pending = store.pending()
+            num_pending = sum(sum(store.wanted(shard)) for shard in pending)
+            now = {key: store.outcome(key.video_id, key.view) for key in self._before}
+            good = [key for key, row in self._before.items() if row.sha256 and now[key] is not None]
+            lost = [key for key in good if (found := now[key]) is not None and found.status == "rejected"]
+            changed = [key for key in good if key not in lost and store.row_hashes(key) != self._before[key].sha256]
+        if lost:
+            say(
+                f"LOST: {len(lost)} rows were good and are rejected now: {_names(lost)}. See mastaf store failures {self._path}"
+            )
+        if changed:
+            say(
+                f"warning: {len(changed)} of {len(good)} rows differ in some bits from what they were (another machine, device or "
+                f"library version than the one that made them?): {_names(changed)}"
+            )
+        left = {shard.index for shard in pending}
         say(
-            f"warning: {changed} of {len(report.hashes)} rows differ in some bits from what they were (another machine, "
-            "device or library version than the one that made them?)"
+            f"repaired: {len(report.restored)} files restored, {len(set(report.dropped) - left)} of {len(report.dropped)} dropped "
+            f"shards extracted anew; {num_pending} rows are pending"
         )
-    say(f"repaired: {len(report.restored)} files restored, {len(report.dropped)} shards extracted anew")
-    return facts, not facts["num_rows_pending"]
+        return {
+            "extraction": extraction,
+            "num_rows_pending": num_pending,
+            "num_rows_changed": len(changed),
+            "num_rows_lost": len(lost),
+        }
+
+
+def _names(keys: Sequence[RowKey]) -> str:
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return ", ".join(f"{key.video_id} (view {key.view})" for key in keys[:3]) + more
 
 
 def _num_pending_rows(path: str) -> int:
     with open_disk_store(path, store_kind(path, None)) as store:
         return sum(sum(store.wanted(shard)) for shard in store.pending())
-
-
-def _num_changed(path: str, report: RepairReport) -> int:
-    with open_disk_store(path, store_kind(path, None)) as store:
-        return sum(store.row_hashes(key) != hashes for key, hashes in report.hashes.items() if hashes)
 
 
 def remove_from_store(path: str, video_ids: Sequence[str], listed: Path | None) -> dict[str, Any]:

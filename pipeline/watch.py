@@ -22,7 +22,9 @@ class Look:
     """What a store and its writers looked like at one moment."""
 
     num_rows: int
-    """Planned."""
+    """Planned, and not removed since."""
+    is_planned: bool
+    """Whether any row ever was; a store that is being made has none yet."""
     num_ok: int
     num_degraded: int
     num_rejected: int
@@ -39,7 +41,7 @@ class Look:
     @property
     def is_complete(self) -> bool:
         """Whether every planned row is committed."""
-        return 0 < self.num_rows == self.num_done
+        return self.is_planned and self.num_rows == self.num_done
 
     def in_words(self) -> str:
         """One line."""
@@ -65,14 +67,16 @@ class Watcher:
     def look(self) -> Look:
         """The store as it is now."""
         counts, now = self._store.counts(), time.monotonic()
-        num_done = sum(counts.values()) - counts["pending"]
+        num_rows = sum(counts.values())
+        num_done = num_rows - counts["pending"]
         rate = None
         if self._before is not None and now > self._before[0]:
             # Fewer than before after a repair or a replan.
             rate = max(0, num_done - self._before[1]) / (now - self._before[0])
         self._before = (now, num_done)
         return Look(
-            num_rows=sum(counts.values()),
+            num_rows=num_rows,
+            is_planned=num_rows > 0 or self._store.layout()["num_shards"] > 0,
             num_ok=counts["ok"],
             num_degraded=counts["degraded"],
             num_rejected=counts["rejected"],

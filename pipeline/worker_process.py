@@ -25,6 +25,8 @@ class Worker:
         self._printed = bytearray()
         self.has_ended = False
         """Whether `end` was called."""
+        self.report: dict[str, Any] | None = None
+        """What it printed as JSON, once it has ended well."""
         self.process = subprocess.Popen(
             command,
             # Its end tells the process that the parent is gone, even by SIGKILL.
@@ -64,11 +66,9 @@ class Worker:
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             if pipe is not None:
                 pipe.close()
-
-    @property
-    def report(self) -> dict[str, Any] | None:
-        """What it printed as JSON, once it has ended well."""
-        return json.loads(bytes(self._printed)) if self.process.returncode == 0 else None
+        if self.process.returncode == 0:
+            self.report = json.loads(bytes(self._printed))
+        self._printed.clear()
 
     @property
     def lines(self) -> list[str]:

@@ -130,6 +130,7 @@ def run_workers(
         command: words of the whole command; each process prints its report as JSON.
         on_progress: called with (rows committed, rows planned), of the whole store.
         first_only: words for the first process alone, which plans rejected videos anew; the others start when it has begun a shard.
+            If it dies before that, the first process of the next round is given them again; doing so twice changes nothing.
 
     Raises:
         Stopped: a signal came, and was passed on.
@@ -138,16 +139,17 @@ def run_workers(
     start = note_start(job, retry=bool(first_only))
     reports: list[dict[str, Any]] = []
     warned: set[str] = set()
+    has_planned = not first_only
     with _Signals() as signals:
         while True:
             before = job.num_rows_left()
             with _Crew([], warned) as crew:
-                crew.start([*command, *first_only], 1, num_workers, environment)
-                if first_only:
-                    _watch(crew, job, signals, on_progress, until_begun=True)
+                crew.start(command if has_planned else [*command, *first_only], 1, num_workers, environment)
+                if not has_planned:
+                    has_planned = _watch(crew, job, signals, on_progress, until_begun=True)
                 crew.start(command, num_workers - 1, num_workers, environment)
                 _watch(crew, job, signals, on_progress)
-            first_only = ()
+            has_planned = has_planned or crew.workers[0].report is not None
             survivors = [worker.report for worker in crew.workers if worker.report is not None]
             reports += survivors
             if len(survivors) == num_workers:
@@ -159,21 +161,23 @@ def run_workers(
                     "above; if it is memory, use fewer --workers or a smaller extraction.forward_batch; then run the same command "
                     "again."
                 )
-            if not left:
+            if not left and has_planned:
                 return report_job(job, start, reports)
-            if left == before:
+            if left == before and has_planned:
                 raise WorkersFailed(
                     f"processes died and nothing is committed any more, {left} rows are left. Run the command without --workers."
                 )
             num_workers = len(survivors)
-            say(f"{left} rows are left of processes that died; {num_workers} begin once more")
+            unplanned = "" if has_planned else ", and the rejected videos are not planned anew yet"
+            say(f"{left} rows are left of processes that died{unplanned}; {num_workers} begin once more")
 
 
 def _watch(
     crew: _Crew, job: Job, signals: _Signals, on_progress: Callable[[int, int], None], until_begun: bool = False
-) -> None:
-    """Follow the processes to their end, or until the first of them holds a shard."""
+) -> bool:
+    """Follow the processes to their end, or with `until_begun` until one of them holds a shard; whether one was seen to."""
     store: DiskStore | None = None
+    has_begun = False
     is_told, shown = False, (0, 0)
     try:
         while crew.running and not signals.is_urgent:
@@ -188,7 +192,8 @@ def _watch(
                 if now != shown:
                     on_progress(*now)
                     shown = now
-                if until_begun and crew.holds_a_shard(store):
+                has_begun = until_begun and crew.holds_a_shard(store)
+                if has_begun:
                     break
             for worker in crew.newly_ended():
                 if worker.process.returncode and signals.first is None:
@@ -198,6 +203,7 @@ def _watch(
             store.close()
     if signals.first is not None:
         raise Stopped(signals.first, f"what was committed is kept in {job.store}; the same command goes on from there")
+    return has_begun
 
 
 def _lament(worker: Worker, crew: _Crew) -> None:

@@ -20,6 +20,9 @@ import pytest
 
 from cache.open import open_disk_store
 from contracts.world import World, make_world, write_clip
+from pipeline.job import Job
+from pipeline.shares import Share
+from pipeline.workers import run_workers
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
@@ -229,6 +232,33 @@ def test_retry_with_workers_does_each_rejected_video_once(mixed: World, expected
     assert content(store) == expected
     _, errors = finish(start(*extraction(mixed, store, "--shard", "0/2", "--retry-failed")), code=2)
     assert "Run it once" in errors
+
+
+FIRST_RETRY_IS_KILLED = """
+import os, pathlib, runpy, signal, sys
+marker, program, *words = sys.argv[1:]
+if "--retry-failed" in words and not pathlib.Path(marker).exists():
+    pathlib.Path(marker).touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.argv = [program, *words]
+runpy.run_path(program, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_retry_is_planned_again_when_its_process_died_before_it_planned(
+    mixed: World, expected: Content, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "s.zarr"
+    finish(start(*extraction(mixed, store)))
+    (tmp_path / "killed.py").write_text(FIRST_RETRY_IS_KILLED)
+    words = [sys.executable, tmp_path / "killed.py", tmp_path / "marker", ROOT / "cli.py"]
+    command = [*map(str, words), *extraction(mixed, store, "--json")]
+    job = Job(str(store), None, [video.video_id for video in mixed.manifest.videos], [0], Share(0, 2, True, 2))
+    report = run_workers(command, 2, job, lambda done, total: None, ["--retry-failed"], ALONE)
+    assert (report.num_clips, report.num_skipped, report.num_rejected) == (2, 33, 2)
+    assert "not planned anew yet; 1 begin once more" in capsys.readouterr().err
+    assert content(store) == expected
 
 
 def array_environment(task: int, count: int, restarts: int) -> dict[str, str]:

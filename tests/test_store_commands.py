@@ -134,7 +134,88 @@ def test_repair_refuses_other_weights_and_changes_no_row(world: World, stores: d
     )
     assert "weights_digest" in done.stderr
     with open_store(store) as opened:
-        assert [shard.index for shard in opened.pending()] == [1]
+        assert opened.pending() == []
+
+
+def damaged_copy(good: Path, target: Path) -> Path:
+    """A copy whose shard 1 cannot be read."""
+    shutil.copytree(good, target)
+    (file,) = [*target.glob("cube/c.1.*"), *target.glob("parts/000001.h5")]
+    file.write_bytes(b"")
+    return target
+
+
+@pytest.mark.parametrize("ending", ["zarr", "h5"])
+@pytest.mark.parametrize("is_dropped_before", [False, True])
+def test_repair_drops_nothing_that_it_cannot_make_from_the_same_files(
+    world: World, stores: dict[str, Path], tmp_path: Path, ending: str, is_dropped_before: bool
+) -> None:
+    store = damaged_copy(stores[ending], tmp_path / f"S.{ending}")
+    if is_dropped_before:
+        assert "4 rows have to be extracted" in mastaf("store", "repair", store, code=1).stderr
+    with open_store(store) as opened:
+        wanted, video_id = stores[ending], opened.ids()[4]  # the first of shard 1
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(world.folder, folder)
+    original = folder / f"videos/{video_id}.mp4"
+    manifest = folder / world.manifest_path.name
+    before = contents(store)
+    original.unlink()
+    done = mastaf("store", "repair", store, "--manifest", manifest, "--device", "cpu", code=2)
+    assert (
+        f"the files of 1 videos that have to be extracted anew cannot be found: {video_id} ({original})" in done.stderr
+    )
+    assert contents(store) == before
+    shutil.copy(world.folder / "videos/jump/2.mp4", original)
+    done = mastaf("store", "repair", store, "--manifest", manifest, "--device", "cpu", code=2)
+    assert f"1 videos that have to be extracted anew were made from other input: {video_id} (stored from" in done.stderr
+    assert contents(store) == before
+    report = printed("store", "repair", store, "--manifest", world.manifest_path, "--device", "cpu")
+    assert (report["num_rows_lost"], report["num_rows_changed"], report["num_rows_pending"]) == (0, 0, 0)
+    assert content_hash(store) == content_hash(wanted)
+
+
+def test_shard_with_videos_that_the_manifest_lacks_is_kept(
+    world: World, stores: dict[str, Path], tmp_path: Path
+) -> None:
+    store = damaged_copy(stores["zarr"], tmp_path / "S.zarr")
+    (store / "cube/c.2.0.0.0.0").unlink()
+    with open_store(store) as opened:
+        lacking = opened.ids()[5]
+    few = tuple(video for video in world.manifest.videos if video.video_id != lacking)
+    write_manifest(Manifest(few, world.folder), tmp_path / "M.csv")
+    done = mastaf("store", "repair", store, "--manifest", tmp_path / "M.csv", "--device", "cpu", "--json", code=1)
+    assert "shard 1 stays as it is, with what can still be read of it: 1 of its rows are of videos that" in done.stderr
+    assert f"{tmp_path}/M.csv lacks ({lacking})" in done.stderr
+    assert "1 of 1 dropped shards extracted anew; 0 rows are pending" in done.stderr
+    report = json.loads(done.stdout)
+    assert (report["dropped_shards"], report["kept_shards"], report["num_rows_pending"]) == ([2], [1], 0)
+    assert {damage["shard"] for damage in printed("store", "verify", store, code=1)["damages"]} == {1}
+    mastaf("store", "repair", store, "--manifest", world.manifest_path, "--device", "cpu")
+    assert content_hash(store) == content_hash(stores["zarr"])
+
+
+def test_rows_that_are_lost_or_changed_are_counted_apart(world: World, stores: dict[str, Path], tmp_path: Path) -> None:
+    store = damaged_copy(stores["zarr"], tmp_path / "S.zarr")
+    with open_store(store) as opened:
+        ids = opened.ids()[4:8]
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(world.folder, folder)
+    # Of the same size: one cannot be decoded, one shows something else.
+    for video_id in ids[:2]:
+        file = folder / f"videos/{video_id}.mp4"
+        data = file.read_bytes()
+        file.write_bytes(bytes(len(data)))
+    other = folder / f"videos/{ids[1]}.mp4"
+    donors = (path for path in world.folder.glob("videos/*/*.mp4") if path != world.folder / f"videos/{ids[1]}.mp4")
+    smaller = min(donors, key=lambda path: path.stat().st_size).read_bytes()
+    other.write_bytes(smaller + bytes(other.stat().st_size - len(smaller)))
+    done = mastaf("store", "repair", store, "--manifest", folder / "videos.csv", "--device", "cpu", "--json", code=1)
+    report = json.loads(done.stdout)
+    assert (report["num_rows_lost"], report["num_rows_changed"], report["num_rows_pending"]) == (1, 1, 0)
+    assert f"LOST: 1 rows were good and are rejected now: {ids[0]} (view 0)" in done.stderr
+    assert "warning: 1 of 4 rows differ in some bits from what they were" in done.stderr
+    assert f"{ids[1]} (view 0)" in done.stderr
 
 
 def test_missing_store_is_one_line(tmp_path: Path) -> None:

@@ -91,3 +91,33 @@ def test_unfinished_rows_are_left_out_and_counted(tmp_path: Path) -> None:
 def test_store_is_not_converted_into_itself(source: DiskStore) -> None:
     with pytest.raises(StoreError, match="into itself"):
         convert(source, source.url)
+
+
+def test_second_conversion_follows_what_changed_in_the_source(tmp_path: Path) -> None:
+    make_store(tmp_path / "S.zarr", "zarr")
+    with open_disk_store(tmp_path / "S.zarr", "zarr", mode="a") as source:
+        convert(source, tmp_path / "T.h5")
+        source.remove(["walk/a"])
+        source.replan([key for key in source.rows() if key.video_id == "broken"])
+        for shard in source.pending():
+            source.commit(shard, example_arrays(shard, source.spec), [OK] * len(shard.rows))
+        report = convert(source, tmp_path / "T.h5")
+        assert report.content_hash == source.content_hash()
+    with open_store(tmp_path / "T.h5") as target:
+        assert "walk/a" not in target.ids()
+        assert target.outcome("broken") == OK
+
+
+def test_conversion_that_was_killed_goes_on_though_a_video_left_the_source(tmp_path: Path) -> None:
+    make_store(tmp_path / "S.zarr", "zarr")
+    with open_disk_store(tmp_path / "S.zarr", "zarr", mode="a") as source:
+        with open_disk_store(tmp_path / "T.zarr", "zarr", source.spec, "a", 4) as target:
+            target.plan_rows(source.rows())
+        source.remove(["walk/b"])
+        assert convert(source, tmp_path / "T.zarr").content_hash == source.content_hash()
+
+
+def test_store_under_another_spelling_of_its_path_is_itself(source: DiskStore, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(StoreError, match="into itself"):
+        convert(source, tmp_path / "link" / "S.zarr")

@@ -1,16 +1,22 @@
 """`verify` finds every change, `repair` mends it and touches nothing else."""
 
+import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from cache.document import SPEC, copy_of
+from cache.disk_store import DiskStore
+from cache.document import SPEC, copy_of, seal
 from cache.errors import RowNotReady, StoreDamaged
 from cache.open import FORMATS, open_files, open_store
-from cache.records import checksum
+from cache.records import ShardRecord, checksum, decode_line, encode_line
 from cache.repair import RepairReport, repair
+from cache.rows import FileRecord
 from cache.store import RowKey, StoreError
 from cache.verify import VerifyReport, verify
 from contracts.flips import contents, flip_many, make_store
@@ -195,3 +201,69 @@ def test_index_of_another_hdf5_version_is_a_note_and_a_damaged_one_is_damage(tmp
         pass
     assert index.read_bytes() == good
     assert verified(path).notes == ()
+
+
+def test_commit_that_lost_against_another_is_no_damage(tmp_path: Path) -> None:
+    path = tmp_path / "S.zarr"
+    make_store(path, "zarr")
+    (log,) = (path / "ledger").glob("*.jsonl")
+    lines = log.read_bytes().splitlines(keepends=True)
+    record = decode_line(lines[0][:-1])
+    assert isinstance(record, ShardRecord)
+    # As of a writer that stalled for longer than a lease: the same shard, other files.
+    lost = replace(record, files={name: FileRecord(7, "00000000") for name in record.files})
+    for name in ("aaa-1-00000000.jsonl", "zzz-1-00000000.jsonl"):
+        (path / "ledger" / name).write_bytes(encode_line(lost))
+        os.utime(path / "ledger" / name, (0, 0))
+        report = verified(path)
+        assert report.is_whole
+        assert "committed twice" in report.notes[0]
+        with open_store(path) as store:
+            np.testing.assert_array_equal(
+                store.read(["walk/b"], [0])[0], example_row(RowKey("walk/b", 0), "cube", CUBE)
+            )
+        (path / "ledger" / name).unlink()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_store_whose_growth_was_interrupted_is_whole(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "S"
+    make_store(path, kind)
+    with open_store(path, mode="a") as store, monkeypatch.context() as patch:
+        patch.setattr(DiskStore, "_write_derived", lambda self: None)
+        store.plan([f"new/{index}" for index in range(9)], [0])
+    report = verified(path)
+    assert report.is_whole
+    assert "before the plan" in " ".join(report.notes)
+    assert report.num_pending_shards == 3
+
+
+def test_hostile_lines_and_documents_are_damage_and_no_traceback(tmp_path: Path) -> None:
+    path = tmp_path / "S.zarr"
+    make_store(path, "zarr")
+    (log,) = (path / "ledger").glob("*.jsonl")
+    good = log.read_bytes()
+    lines: list[dict[str, Any]] = [
+        {"store": None}, {"shard": "0"}, {"shard": None}, {"generation": -1}, {"files": []}, {"rows": []}, {"kind": "x"}, {"rows": 3},
+        {"files": {"a": {}}},
+    ]  # fmt: skip
+    for change in lines:
+        document = json.loads(good.splitlines()[0])["record"]
+        rows = {**document, **change}.pop("rows")
+        text = json.dumps(
+            {**{k: v for k, v in {**document, **change}.items() if k != "rows"}, "rows": rows}, separators=(",", ":")
+        )
+        line = f'{{"crc32":"{checksum(text.encode())}","record":{text}}}\n'.encode()
+        log.write_bytes(line + good)
+        with pytest.raises(StoreDamaged, match=r"ledger|another store"):
+            open_store(path)
+    log.write_bytes(good)
+    plan = path / "ledger/plan-000000.json"
+    for change in ({"rows": 7}, {"rows": [["a"]]}, {"rows": [["a", -1]]}, {"removed": None}, {"rows": [["\ud800", 0]]}):
+        document = {**json.loads(plan.read_bytes())["document"], **change}
+        for name in (plan, copy_of(str(plan))):
+            Path(name).write_bytes(seal(document))
+        with pytest.raises(StoreDamaged, match="cannot be read by this version"):
+            open_store(path)

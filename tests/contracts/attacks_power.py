@@ -85,7 +85,7 @@ class CutState:
 def cut_states(recording: Recording, num_states: int, draws: random.Random) -> Iterator[CutState]:
     """States after cuts at random calls, each one different from the others; perhaps fewer than asked for."""
     root = Path(recording.order.path).parent
-    seen: set[tuple[str, frozenset[tuple[str, bytes | None]]]] = set()
+    seen: set[tuple[Said, frozenset[tuple[str, bytes | None]]]] = set()
     # Forty times through the record, or until there are enough: every time with other cuts.
     for _ in range(40):
         cuts = set(draws.sample(range(len(recording.calls) + 1), min(num_states, len(recording.calls))))
@@ -94,7 +94,7 @@ def cut_states(recording: Recording, num_states: int, draws: random.Random) -> I
             if position in cuts and len(seen) < num_states:
                 manner = draws.choice(MANNERS)
                 tree = disk.after_cut(draws, manner)
-                if (key := (output, frozenset(tree.items()))) not in seen:
+                if (key := (Said.of(output), frozenset(tree.items()))) not in seen:
                     seen.add(key)
                     yield CutState(position, manner, Said.of(output), tree)
             if call is not None and call.name == "write" and call.path.endswith(".out"):

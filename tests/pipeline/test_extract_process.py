@@ -178,6 +178,20 @@ def test_second_signal_stops_at_once(world: World, tmp_path: Path, reference: st
     assert content_hash(store) == reference
 
 
+def test_process_ends_even_if_its_last_words_fail() -> None:
+    program = (
+        "import time\nfrom pipeline.interrupts import PromptStop\n"
+        "with PromptStop(lambda: 1 / 0, seconds=0.7):\n    print('ready', flush=True)\n    time.sleep(300)\n    time.sleep(300)"
+    )
+    process = start([], "-c", program)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=LATE_SECONDS)
+    assert process.returncode == 143
+    assert "SIGTERM; what was saved cannot be said (ZeroDivisionError: division by zero)" in errors
+
+
 def test_signal_in_the_middle_commits_what_is_finished_and_drops_the_rest(
     world: World, tmp_path: Path, reference: str
 ) -> None:

@@ -12,12 +12,15 @@ import torch
 
 from cache.cube import Spec
 from cache.open import open_store
-from cache.store import FeatureStore, MemoryStore, RowRejected, SpecMismatch
+from cache.records import ShardRecord
+from cache.rows import RowRecord
+from cache.store import FeatureStore, MemoryStore, RowKey, RowRejected, SpecMismatch
 from configs.schema import RunConfig
 from contracts.world import World, make_world
 from extract.build import build_backbone
 from extract.clips import VideoTooShortError
 from pipeline.extraction import ChangedInput, ExtractionReport, build_spec, extract_videos, video_sources
+from pipeline.extraction_report import report_json
 
 CPU = torch.device("cpu")
 
@@ -131,6 +134,64 @@ def test_stored_video_from_another_file_is_refused(world: World, tmp_path: Path)
     extract_videos(store, [replace(sources[0], path=moved), *sources[1:]], backbone, config, CPU)
     with pytest.raises(ChangedInput, match="right/1"):
         extract_videos(store, [sources[0], replace(sources[1], end_seconds=0.5)], backbone, config, CPU)
+
+
+def test_stored_video_whose_file_is_gone_does_not_block_growth(world: World, tmp_path: Path) -> None:
+    config = world.config()
+    backbone = build_backbone(config.backbone, config.sampling)
+    store, sources = memory_store(config), list(video_sources(world.manifest).values())[:3]
+    extract_videos(store, sources[:2], backbone, config, CPU)
+    gone = replace(sources[0], path=tmp_path / "gone.mp4")
+    report = extract_videos(store, [gone, *sources[1:]], backbone, config, CPU)
+    assert (report.num_ok, report.num_clips) == (3, 1)
+    with pytest.raises(ChangedInput, match="right/0"):  # another stretch is seen without the file
+        extract_videos(store, [replace(gone, end_seconds=0.5), *sources[1:]], backbone, config, CPU)
+    (tmp_path / "gone.mp4").write_bytes(b"another file")
+    with pytest.raises(ChangedInput, match=r"right/0.*now bytes=12"):
+        extract_videos(store, [gone, *sources[1:]], backbone, config, CPU)
+
+
+def test_resume_in_another_order_reads_each_shard_once_a_pass(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cache.row_table.NUM_PARSED", 1)
+    config = world.config("store.shard_rows=4")
+    backbone = build_backbone(config.backbone, config.sampling)
+    store, sources = memory_store(config), list(video_sources(world.manifest).values())
+    extract_videos(store, sources, backbone, config, CPU)
+    parsed: list[int] = []
+    rows = vars(ShardRecord)["rows"].fget
+
+    def rows_counted(record: ShardRecord) -> tuple[RowRecord, ...]:
+        parsed.append(record.shard_index)
+        found: tuple[RowRecord, ...] = rows(record)
+        return found
+
+    monkeypatch.setattr(ShardRecord, "rows", property(rows_counted))
+    report = extract_videos(store, sources[::2] + sources[1::2], backbone, config, CPU)
+    assert (report.num_skipped, report.num_ok) == (28, 28)
+    assert parsed == [*range(7)] * 2  # once to find changed inputs, once for the report
+
+
+def test_outcomes_are_those_of_the_rows_in_the_order_of_the_shards(broken_world: World) -> None:
+    config = broken_world.config("sampling.num_views=2")
+    store = memory_store(config)
+    extract_into(store, broken_world, config)
+    store.replan([RowKey("up/2", 1)])
+    store.remove(["down/0"])
+    asked = {"up/2", "down/0", "right/1", "jump/0", "not there"}
+    found = list(store.outcomes(asked))
+    assert [(key.video_id, key.view) for key, _ in found] == [
+        ("right/1", 0), ("right/1", 1), ("up/2", 0), ("jump/0", 0), ("jump/0", 1), ("up/2", 1)
+    ]  # fmt: skip
+    assert found == [(key, store.outcome(key.video_id, key.view)) for key, _ in found]
+    assert found[-1][1] is None
+
+
+def test_report_can_leave_the_problems_out(broken_world: World) -> None:
+    config = broken_world.config()
+    report = extract_into(memory_store(config), broken_world, config)
+    whole = report_json(report)
+    assert len(whole.pop("problems")) == 4
+    assert report_json(report, with_problems=False) == whole
 
 
 @pytest.mark.parametrize(

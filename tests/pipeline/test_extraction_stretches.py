@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +20,7 @@ from contracts.world import World, make_world
 from extract.build import build_backbone
 from extract.decode import VideoSource, ViewClips, read_views
 from pipeline.extraction import ExtractionReport, build_spec, extract_videos, video_sources
+from pipeline.interrupts import Stopped
 from pipeline.shares import Share
 
 CPU = torch.device("cpu")
@@ -160,6 +163,18 @@ def test_error_while_writing_stops_the_run_and_gives_the_shards_back(world: Worl
     assert not {thread.name for thread in threading.enumerate()} & {"feed", "writer", "signals", "decode"}
 
 
+def test_signal_does_not_hide_that_the_last_commit_failed(world: World, tmp_path: Path) -> None:
+    config = world.config()
+    with open_store(tmp_path / "s.zarr", spec=memory_store(config).spec, mode="a", shard_rows=4) as store:
+        failing = InterruptedStore(store)
+        with pytest.raises(
+            Stopped, match=r"SIGTERM; 8 of 28 clips .*; the last commit failed: no space left"
+        ) as stopped:
+            run(cast(FeatureStore, failing), world, config)
+        assert stopped.value.exit_code == 143
+        assert run(store, world, config).num_ok == 28
+
+
 class FailingStore:
     """A store whose third commit fails."""
 
@@ -175,6 +190,16 @@ class FailingStore:
             raise StoreError("no space left")
         self._inner.commit(shard, *values)
         self.committed.append(shard.index)
+
+
+class InterruptedStore(FailingStore):
+    """A store whose third commit fails after a signal."""
+
+    def commit(self, shard: Shard, *values: Any) -> None:
+        if len(self.committed) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1.0)  # the signal is seen first
+        super().commit(shard, *values)
 
 
 def test_report_says_where_the_time_went(world: World) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,16 @@ from cache.cube import ArraySpec, Spec
 from cache.open import open_disk_store
 from cache.store import RowOutcome, Shard
 from pipeline.extract_jobs import LaunchOptions
+from pipeline.job import Job, note_start, report_job
 from pipeline.launch import WORKER, LaunchError, Place, device_name, find_place, num_cores, refuse_nested_workers
 from pipeline.shares import Share
 from pipeline.slurm import SlurmJob, parse_options, submit
-from pipeline.watch import Watcher
+from pipeline.watch import Watcher, watch_store
 
+SPEC = Spec(
+    decoder={"name": "none"}, sampling={}, backbone={"name": "none"}, weights_digest="0", compute={},
+    arrays={"cube": ArraySpec("last", "none", "float32", None, (1, 1, 1, 1))},
+)  # fmt: skip
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 ARRAY = {
     "SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "9",
@@ -38,6 +44,9 @@ SRUN = {
         (None, SRUN, Place(Share(3, 6), 1, 2)),
         ("1/2", ARRAY, Place(Share(1, 2), 0, 1)),
         ("5/8", TORCHRUN, Place(Share(5, 8), 1, 4)),
+        ("3/6", SRUN, Place(Share(3, 6), 1, 2)),
+        ("0/2", SRUN | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, Place(Share(0, 2), 1, 2)),
+        ("15/24", SRUN | ARRAY, Place(Share(15, 24), 1, 2)),
         (None, {WORKER: "1/4"}, Place(Share(1, 4, True, 4), 1, 4)),
     ],
 )
@@ -87,6 +96,8 @@ def test_malformed_share_is_refused_with_its_value(shard: str) -> None:
     ("shard", "environment", "words"),
     [
         ("0/2", TORCHRUN, "same share"),
+        ("3/16", SRUN, "3 of 6 of srun: all ranks would do the same share"),
+        ("3/16", SRUN | ARRAY, "same share"),
         (None, {"RANK": "1"}, "WORLD_SIZE is not set"),
         (None, {"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x'"),
         (None, {"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2"),
@@ -117,6 +128,17 @@ def test_each_process_of_a_machine_has_its_gpu_and_its_part_of_the_cores() -> No
     assert device_name("auto", Place(), 0) == "auto"
     assert num_cores({WORKER: "0/1000"}) == 1
     assert num_cores({WORKER: "0/2"}) == max(1, num_cores({}) // 2)
+
+
+def test_tasks_of_an_array_with_gaps_have_cores_when_their_share_is_told() -> None:
+    """`sbatch --array=3,7 script` repeats two tasks of a printed script, which writes each share out."""
+    told = {"SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "7", "SLURM_ARRAY_TASK_COUNT": "2"}
+    gaps = {**told, "SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_STEP": "1"}
+    assert find_place("7/16", gaps) == Place(Share(7, 16))
+    assert num_cores(gaps) == num_cores({})
+    assert num_cores(gaps | {WORKER: "1/2"}) == num_cores({WORKER: "1/2"})
+    with pytest.raises(LaunchError, match="has gaps"):
+        find_place(None, gaps)
 
 
 @pytest.mark.parametrize(
@@ -204,14 +226,10 @@ def test_submit_says_what_sbatch_says(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_watcher_counts_rows_of_all_writers_and_names_them(tmp_path: Path) -> None:
-    spec = Spec(
-        decoder={"name": "none"}, sampling={}, backbone={"name": "none"}, weights_digest="0", compute={},
-        arrays={"cube": ArraySpec("last", "none", "float32", None, (1, 1, 1, 1))},
-    )  # fmt: skip
     outcomes = [RowOutcome("ok"), RowOutcome("degraded", "short_video"), RowOutcome("rejected", "missing")]
     values = {"cube": np.zeros((3, 1, 1, 1, 1), dtype=np.float32)}
     path = tmp_path / "s.zarr"
-    with open_disk_store(path, "zarr", spec, "a", shard_rows=3) as writer, open_disk_store(path, "zarr") as reader:
+    with open_disk_store(path, "zarr", SPEC, "a", shard_rows=3) as writer, open_disk_store(path, "zarr") as reader:
         watcher = Watcher(reader)
         writer.plan([str(number) for number in range(6)], [0])
         first, second = writer.pending()
@@ -233,3 +251,33 @@ def test_watcher_counts_rows_of_all_writers_and_names_them(tmp_path: Path) -> No
         writer.replan([key for key in writer.rows() if key.video_id == "0"])
         look = watcher.look()
         assert (look.num_rows, look.num_ok, look.is_complete) == (5, 1, False)
+
+
+def test_store_that_is_being_made_is_watched_and_one_that_was_emptied_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "s.zarr"
+    with open_disk_store(path, "zarr", SPEC, "a", shard_rows=3) as writer, open_disk_store(path, "zarr") as reader:
+        watcher = Watcher(reader)
+        assert not watcher.look().is_complete
+        writer.plan(["a", "b"], [0])
+        assert not watcher.look().is_complete
+        writer.remove(["a", "b"])
+        assert watcher.look().is_complete
+    watch_store(str(path), 0.01, as_json=True)
+
+
+def test_rows_of_another_manifest_are_not_said_to_be_finished_by_the_same_command(tmp_path: Path) -> None:
+    path = tmp_path / "s.zarr"
+    with open_disk_store(path, "zarr", SPEC, "a", shard_rows=3) as store:
+        store.plan(["a", "b", "c", "d", "e", "f", "g"], [0])  # shards: a b c, d e f, g
+        store.remove(["e"])
+        job = Job(str(path), None, ["a", "b", "c", "d"], [0], Share())
+        report = report_job(job, note_start(job), [])
+        assert (report.num_rows_elsewhere, report.num_rows_left, report.num_pending) == (3, 3, 4)
+        first = store.pending()[0]
+        values = {"cube": np.zeros((3, 1, 1, 1, 1), dtype=np.float32)}
+        store.commit(first, values, [RowOutcome("ok")] * 3)
+        report = report_job(job, note_start(job), [])
+        assert (report.num_rows_elsewhere, report.num_rows_left, report.num_pending) == (0, 3, 1)
+        assert job.num_rows_left() == 0
+        report = report_job(replace(job, share=Share(0, 2)), note_start(job), [])
+        assert (report.num_rows_elsewhere, report.num_rows_left) == (0, 1), "shards 0 and 2"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -11,10 +12,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from cache.open import open_disk_store
+from cache.store import RowOutcome, Shard
 from contracts.world import World, make_world, write_clip
+from extract.build import build_backbone
+from pipeline.extraction import build_spec, plan_videos, video_sources
+from pipeline.ray_stages import ActorSettings, DecodedShard, ShardActor
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -141,6 +148,79 @@ def test_signal_ends_ray_and_all_its_processes(mixed: World, tmp_path: Path) -> 
     assert not Path(f"/proc/{actor}").exists()
 
 
+def descendants(pid: int) -> set[tuple[int, str]]:
+    """Process ids with their start times, of all that are below a process now."""
+    found: set[tuple[int, str]] = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(fields[1]) == pid:
+            child = int(stat.parent.name)
+            found |= {(child, fields[19])} | descendants(child)
+    return found
+
+
+def is_alive(process: tuple[int, str]) -> bool:
+    try:
+        fields = Path(f"/proc/{process[0]}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return False
+    return fields[19] == process[1] and fields[0] != "Z"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, 4])
+def test_signal_while_ray_starts_leaves_nothing_behind(mixed: World, tmp_path: Path, num_processes: int) -> None:
+    """With one process there is Ray's own first one; with four, its agents are starting."""
+    process = start(CLI, *extraction(mixed, tmp_path / "s.zarr", "--engine", "ray"))
+    deadline = time.monotonic() + 100
+    while len(descendants(process.pid)) < num_processes:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    seen: set[tuple[int, str]] = set()
+    while process.poll() is None:
+        seen |= descendants(process.pid)
+        time.sleep(0.02)
+    _, errors = finish(process, code=143)
+    assert "stopped by SIGTERM" in errors
+    assert len(seen) >= num_processes
+    assert not [one for one in seen if is_alive(one)]
+
+
+def test_actor_forgets_a_shard_that_failed_half_way(mixed: World, tmp_path: Path) -> None:
+    config = mixed.config()
+    videos = [source for name, source in video_sources(mixed.manifest).items() if name.startswith("down")]
+    inputs: list[torch.Tensor] = []
+
+    def recorded() -> torch.nn.Module:
+        backbone = build_backbone(config.backbone, config.sampling)
+        backbone.register_forward_pre_hook(lambda module, given: inputs.append(given[0].clone()))
+        return backbone
+
+    spec = build_spec(config, build_backbone(config.backbone, config.sampling), torch.device("cpu"))
+    path = tmp_path / "s.zarr"
+    with open_disk_store(path, "zarr", spec, "a", shard_rows=2) as store:
+        plan_videos(store, videos, [0])
+        shards = store.pending()
+    actor = ShardActor(ActorSettings(str(path), "zarr", recorded, config, "cpu", 1))
+    clips = np.full((2, 4, 24, 24, 3), 255, dtype=np.uint8)
+
+    def row(shard: Shard, has_clip: list[bool], clips: np.ndarray) -> dict[str, object]:
+        outcomes = [RowOutcome("ok") if has else RowOutcome("rejected", "missing") for has in has_clip]
+        decoded = DecodedShard(shard, outcomes, has_clip, 0, 0.0)
+        return {"decoded": pickle.dumps(decoded), "clips": clips, "failure": b""}
+
+    assert actor(row(shards[0], [True, True], clips[:1]))["failure"], "its second clip is not there"
+    assert not actor(row(shards[1], [False, True], clips))["failure"]
+    batch = inputs[-1]
+    assert torch.equal(batch[0], batch[2]), "zeros stand in for a row without a clip, as behind the last row"
+    assert not torch.equal(batch[0], batch[1])
+
+
 @pytest.mark.slow
 @pytest.mark.campaign
 def test_error_within_an_actor_is_one_line(mixed: World, tmp_path: Path) -> None:
@@ -150,9 +230,17 @@ def test_error_within_an_actor_is_one_line(mixed: World, tmp_path: Path) -> None
     assert "down/1" in errors
 
 
-def test_missing_ray_is_one_line_with_the_command(mixed: World, tmp_path: Path) -> None:
+GAPS = {
+    "SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "7", "SLURM_ARRAY_TASK_COUNT": "2",
+    "SLURM_ARRAY_TASK_STEP": "1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("environment", [{}, GAPS])
+def test_missing_ray_is_one_line_with_the_command(mixed: World, tmp_path: Path, environment: dict[str, str]) -> None:
+    """An array with gaps does not matter where the share is told."""
     (tmp_path / "ray.py").write_text("raise ImportError('no ray here')\n")
-    words = extraction(mixed, tmp_path / "s.zarr", "--engine", "ray")
-    _, errors = finish(start(CLI, *words, PYTHONPATH=str(tmp_path)), code=2)
+    words = extraction(mixed, tmp_path / "s.zarr", "--engine", "ray", "--shard", "0/1")
+    _, errors = finish(start(CLI, *words, PYTHONPATH=str(tmp_path), **environment), code=2)
     assert errors.count("\n") == 1
     assert "pip install -e '.[ray]'" in errors

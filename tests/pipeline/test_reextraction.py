@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cache.open import open_disk_store, open_store
+from cache.document import read_document
+from cache.open import open_disk_store, open_files, open_store
 from cache.store import SpecMismatch
 from contracts.world import World
+from episodes.datasets import Manifest, write_manifest
 from extract.build import build_backbone
 from pipeline.extract_command import extract_to_store
 from pipeline.extraction import build_spec
-from pipeline.reextraction import finish_pending
+from pipeline.reextraction import finish_pending, rebuild_for
 from pipeline.settings import SetupError
 
 OVERRIDES = (
@@ -73,6 +76,34 @@ def test_weights_that_have_moved_are_asked_for_and_others_are_refused(
     with pytest.raises(SpecMismatch, match="weights_digest"):
         finish_pending(str(store), world.manifest_path, "random:8", "cpu")
     assert finish_pending(str(store), world.manifest_path, str(moved), "cpu")["num_clips"] == 8
+
+
+def test_run_that_is_gone_is_said_with_the_way_out(world: World, tmp_path: Path, weights: Path) -> None:
+    store = tmp_path / "s.zarr"
+    extract(world, store, str(weights))
+    document = read_document(open_files(str(store)))
+    gone = replace(document, origin={**document.origin, "from_run": str(tmp_path / "run")})
+    with pytest.raises(SetupError, match=r"run holds no run.*backbone\.pt\) are with --weights"):
+        rebuild_for(str(store), gone, None, world.manifest_path, torch.device("cpu"))
+    rebuild_for(str(store), gone, str(weights), world.manifest_path, torch.device("cpu"))
+
+
+def test_store_does_not_decide_that_videos_may_lie_outside(
+    world: World, tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = tmp_path / "outside.csv"
+    videos = [replace(video, path=str(world.folder / video.path)) for video in world.manifest.videos]
+    write_manifest(Manifest(tuple(videos), tmp_path / "empty"), manifest)
+    store = tmp_path / "s.zarr"
+    extract_to_store(
+        manifest, "small3d", str(weights), str(store), None, None, None, "cpu", (*OVERRIDES, "data.allow_outside=true")
+    )
+    drop(store, "zarr", 0)
+    with pytest.raises(SetupError, match=r"outside\.csv, line .*add --allow-outside"):
+        finish_pending(str(store), manifest, None, "cpu")
+    capsys.readouterr()
+    assert finish_pending(str(store), manifest, None, "cpu", allow_outside=True)["num_clips"] == 8
+    assert f"small3d with weights {weights}" in capsys.readouterr().err
 
 
 def test_store_without_an_origin_names_the_way_out(world: World, tmp_path: Path) -> None:
