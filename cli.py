@@ -314,16 +314,20 @@ def verify_command(path: str, is_fast: bool, workers: int, as_json: bool) -> Non
     help="Where the videos of damaged rows are; without it these rows stay pending.",
 )
 @click.option("--weights", help="Weights file, where it is no longer where it was at the extraction.")
+@click.option("--allow-outside", is_flag=True, help="Accept videos outside of the manifest's root.")
 @_device
 @_workers
 @_json
 def repair_command(
-    path: str, manifest: Path | None, weights: str | None, device: str, workers: int, as_json: bool
+    path: str, manifest: Path | None, weights: str | None, device: str, workers: int, allow_outside: bool, as_json: bool
 ) -> None:
-    """Restore what the store itself knows, drop damaged shards, and extract these anew; touches nothing else."""
+    """Restore what the store itself knows, drop damaged shards, and extract these anew; touches nothing else.
+
+    With --manifest, nothing is dropped unless it can be made again from the same files.
+    """
     from pipeline.store_commands import repair_store
 
-    report, is_complete = repair_store(path, manifest, weights, device, workers)
+    report, is_complete = repair_store(path, manifest, weights, device, workers, allow_outside)
     if as_json:
         _print_json(report)
     sys.exit(0 if is_complete else 1)

@@ -46,8 +46,10 @@ SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_ENABLE_AUTO_CONNECT": "0",
 }
-"""Environment variables that Ray reads when it starts: no reports over the network, and no words on stderr but ours."""
+"""Environment variables that Ray reads when it starts: no reports over the network, no words on stderr but ours, and no second Ray
+made by a thread that still asks for results when the first is ended."""
 
 
 class RayFailed(RuntimeError):

@@ -110,7 +110,10 @@ def _end_to_end(
     spec = build_spec(config, encoder.backbone, device)
     if store_path is None:
         clips = LiveClips(
-            video_sources(manifest, config.data.allow_outside), config.sampling, config.training.decode_threads, config.training.clip_cache_bytes
+            video_sources(manifest, config.data.allow_outside),
+            config.sampling,
+            config.training.decode_threads,
+            config.training.clip_cache_bytes,
         )
         source: Source = EncodedClips(clips, encoder, device)
         return LoadedRun(config, manifest, model, source, spec.fingerprint, content["classes"])

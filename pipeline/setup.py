@@ -127,7 +127,10 @@ def prepare(config: RunConfig, device: torch.device, checkpoint: Mapping[str, An
         return Workplace(config, manifest, model, source, store, device, num_classes)
     encoder = build_encoder(config, device, checkpoint)
     live = LiveClips(
-        video_sources(manifest, config.data.allow_outside), config.sampling, config.training.decode_threads, config.training.clip_cache_bytes
+        video_sources(manifest, config.data.allow_outside),
+        config.sampling,
+        config.training.decode_threads,
+        config.training.clip_cache_bytes,
     )
     model = build_model(config, encoder, encoder_cube_shape(config, encoder, device), num_classes, device)
     return Workplace(config, manifest, model, live, None, device, num_classes)

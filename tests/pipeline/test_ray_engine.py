@@ -94,6 +94,37 @@ def writers(path: Path) -> list[int]:
     return [int(log.stem.rsplit("-", 2)[1]) for log in (path / "ledger").glob("*.jsonl")]
 
 
+def descendants(pid: int) -> set[tuple[int, str]]:
+    """Process ids with their start times, of all that are below a process now."""
+    found: set[tuple[int, str]] = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(fields[1]) == pid:
+            child = int(stat.parent.name)
+            found |= {(child, fields[19])} | descendants(child)
+    return found
+
+
+def is_alive(process: tuple[int, str]) -> bool:
+    try:
+        fields = Path(f"/proc/{process[0]}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return False
+    return fields[19] == process[1] and fields[0] != "Z"
+
+
+def seen_until_the_end(process: subprocess.Popen[str]) -> set[tuple[int, str]]:
+    """All processes that were below one while it ran on."""
+    seen: set[tuple[int, str]] = set()
+    while process.poll() is None:
+        seen |= descendants(process.pid)
+        time.sleep(0.02)
+    return seen
+
+
 def wait_for_writer(path: Path, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 100
     while not writers(path):
@@ -141,33 +172,12 @@ def test_signal_ends_ray_and_all_its_processes(mixed: World, tmp_path: Path) -> 
     store = tmp_path / "s.zarr"
     process = start(CLI, *extraction(mixed, store, "--engine", "ray"))
     wait_for_writer(store, process)
-    actor = writers(store)[0]
     process.send_signal(signal.SIGTERM)
+    seen = seen_until_the_end(process)
     _, errors = finish(process, code=143)
     assert "stopped by SIGTERM" in errors
-    assert not Path(f"/proc/{actor}").exists()
-
-
-def descendants(pid: int) -> set[tuple[int, str]]:
-    """Process ids with their start times, of all that are below a process now."""
-    found: set[tuple[int, str]] = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-        except OSError:  # it has ended meanwhile
-            continue
-        if int(fields[1]) == pid:
-            child = int(stat.parent.name)
-            found |= {(child, fields[19])} | descendants(child)
-    return found
-
-
-def is_alive(process: tuple[int, str]) -> bool:
-    try:
-        fields = Path(f"/proc/{process[0]}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return False
-    return fields[19] == process[1] and fields[0] != "Z"
+    assert writers(store)[0] in [pid for pid, _ in seen]
+    assert not [one for one in seen if is_alive(one)]
 
 
 @pytest.mark.slow
@@ -181,10 +191,7 @@ def test_signal_while_ray_starts_leaves_nothing_behind(mixed: World, tmp_path: P
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    seen: set[tuple[int, str]] = set()
-    while process.poll() is None:
-        seen |= descendants(process.pid)
-        time.sleep(0.02)
+    seen = seen_until_the_end(process)
     _, errors = finish(process, code=143)
     assert "stopped by SIGTERM" in errors
     assert len(seen) >= num_processes
