@@ -168,7 +168,8 @@ def extract_videos(
     own = share.pick(known) if share is not None else known
     work = _Extraction(store, own, by_id, backbone, config, device, on_progress)
     work.run()
-    known_rows = {shard.index: sum(store.wanted(shard)) for shard in known}
+    num_wanted = {shard.index: sum(store.wanted(shard)) for shard in pending}
+    known_rows = {shard.index: num_wanted[shard.index] for shard in known}
     unfinished = {shard.index for shard in store.pending()}
     return make_report(
         # A pass over a million rows takes seconds, so it is not made twice for nothing.
@@ -177,7 +178,7 @@ def extract_videos(
         Work(
             num_clips=work.writer.num_rows,
             num_bytes=work.writer.num_bytes,
-            num_rows_left=sum(len(shard.rows) for shard in pending) - sum(len(shard.rows) for shard in known),
+            num_rows_left=sum(num_wanted.values()) - sum(known_rows.values()),
             num_rows_elsewhere=sum(rows for index, rows in known_rows.items() if index in unfinished),
             num_restarts=work.feed.num_restarts,
             holders=work.feed.holders,
