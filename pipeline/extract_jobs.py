@@ -12,6 +12,7 @@ from configs.schema import RunConfig
 from pipeline.console import progress, say
 from pipeline.extract_command import extract_config, extract_to_store, wanted_videos
 from pipeline.extraction_report import ExtractionReport, report_json, say_report
+from pipeline.interrupts import Stopped
 from pipeline.job import Job
 from pipeline.launch import (
     WORKER,
@@ -132,18 +133,23 @@ def _by_ray(options: dict[str, Any], launch: LaunchOptions, place: Place) -> dic
     config, job = _job(options, place.share)
     run = options["from_run"] if options["weights"] is None else None
     backbone = build_extraction_backbone(config, run)
-    with progress("extract") as on_progress:
-        report = extract_with_ray(
-            job,
-            wanted_videos(config),
-            backbone,
-            config,
-            origin=make_origin(config, run),
-            retry=options["retry_failed"],
-            timeout=launch.ray_timeout,
-            wants_gpu=options["device"] != "cpu",
-            on_progress=on_progress,
-        )
+    try:
+        with progress("extract") as on_progress:
+            report = extract_with_ray(
+                job,
+                wanted_videos(config),
+                backbone,
+                config,
+                origin=make_origin(config, run),
+                retry=options["retry_failed"],
+                timeout=launch.ray_timeout,
+                wants_gpu=options["device"] != "cpu",
+                on_progress=on_progress,
+            )
+    except Stopped as stopped:
+        say(f"mastaf: {stopped}")
+        # At once: Ray's native threads, whose processes are gone, would end this one with a code of their own.
+        os._exit(stopped.exit_code)
     return _said(report, job)
 
 

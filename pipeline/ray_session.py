@@ -77,7 +77,9 @@ class RaySession:
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):  # nor is another killed that has its number now
                 process.kill()
-        psutil.wait_procs(processes, timeout=KILL_SECONDS)
+        # After a signal nobody waits: Ray's native part ends this process with a code of its own when it finds the others gone.
+        if stop.signal_number is None:
+            psutil.wait_procs(processes, timeout=KILL_SECONDS)
 
 
 def _put_handlers_back() -> None:

@@ -139,6 +139,7 @@ def test_workers_make_what_one_process_makes_and_report_it_once(
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 def test_second_run_with_workers_skips_what_is_stored(mixed: World, expected: Content, tmp_path: Path) -> None:
     store = tmp_path / "s.zarr"
     finish(start(*extraction(mixed, store)))
@@ -215,6 +216,7 @@ def test_workers_end_when_their_parent_is_killed(mixed: World, tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 def test_error_of_the_user_is_said_once(mixed: World, tmp_path: Path) -> None:
     store = tmp_path / "s.zarr"
     finish(start(*extraction(mixed, store, "--set", "sampling.num_frames=2", "--shard", "0/1000")))
@@ -319,7 +321,7 @@ def test_printed_slurm_script_fills_the_store(mixed: World, expected: Content, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.campaign), 1])
 def test_slurm_array_with_random_preemption_ends_in_the_same_content(
     mixed: World, expected: Content, tmp_path: Path, seed: int
 ) -> None:

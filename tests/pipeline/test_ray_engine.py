@@ -151,6 +151,7 @@ def test_ray_makes_what_one_process_makes_though_an_actor_is_killed(mixed: World
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 def test_stalled_ray_is_stopped_with_what_to_do_and_nothing_is_lost(mixed: World, tmp_path: Path) -> None:
     store = tmp_path / "s.zarr"
     finish(start(CLI, *extraction(mixed, store, "--shard", "0/2")))
@@ -181,6 +182,7 @@ def test_signal_ends_ray_and_all_its_processes(mixed: World, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("num_processes", [1, 4])
 def test_signal_while_ray_starts_leaves_nothing_behind(mixed: World, tmp_path: Path, num_processes: int) -> None:
     """With one process there is Ray's own first one; with four, its agents are starting."""
