@@ -1,6 +1,6 @@
 """Hold `mastaf store plan` against what the extraction then takes, for three backbones; exit 1 beyond 10 %.
 
-python benchmarks/plan_against_actual.py [--videos 240] [--kind zarr]
+python benchmarks/plan_against_actual.py [--videos 480] [--kind zarr]
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def compare(name: str, manifest: Path, folder: Path, kind: str) -> bool:
 def main() -> None:
     """Print one line for each backbone."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--videos", type=int, default=240)
+    parser.add_argument("--videos", type=int, default=480)
     parser.add_argument("--kind", choices=["zarr", "h5"], default="zarr")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

@@ -35,6 +35,9 @@ from pipeline.reextraction import build_extraction_backbone, make_origin
 from pipeline.settings import SetupError
 from pipeline.setup import choose_device
 
+# Shorter measurements say more about what else the machine does.
+_MIN_SECONDS = 6.0
+
 
 @dataclass(frozen=True, slots=True)
 class StorePlan:
@@ -74,17 +77,19 @@ def plan_extraction(
     """
     spec = build_spec(config, backbone, device)
     rows = _missing_rows(config, spec, videos)
-    samples = _samples(config, videos, num_sampled)
+    if not videos:
+        raise SetupError("the manifest names no video; there is nothing to plan")
     path = str(config.store.path)
     kind = store_kind(path, config.store.kind)
     # Beside the planned store, so that the same disk is measured.
     parent = Path(tempfile.gettempdir()) if "://" in path else _existing_folder(Path(path).absolute().parent)
     folder = Path(tempfile.mkdtemp(prefix=".mastaf-plan-", dir=parent))
     try:
-        measured = [
-            _measure(folder / f"sample-{index}.{kind}", kind, spec, sample, config, backbone, device)
-            for index, sample in enumerate(samples)
-        ]
+        samples = [_first_sample(config, videos, num_sampled)]
+        measured = [_measure(folder / f"first.{kind}", kind, spec, samples[0], config, backbone, device)]
+        if len(samples[0]) < len(videos):
+            samples.append(_second_sample(config, videos, samples[0], num_sampled, measured[0].seconds))
+            measured.append(_measure(folder / f"second.{kind}", kind, spec, samples[1], config, backbone, device))
         document = StoreDocument(
             spec, kind, config.store.shard_rows, config.store.compression, "0" * 16, make_origin(config, None)
         )
@@ -116,19 +121,30 @@ def num_batches(config: RunConfig, num_rows: int) -> int:
     return num_full * -(-rows // batch) + -(-rest // batch)
 
 
-def _samples(config: RunConfig, videos: Sequence[VideoSource], num_sampled: int) -> list[list[VideoSource]]:
-    """One batch, and three or more, of evenly spread videos; all videos in one sample where there are hardly more than that."""
-    batch = -(-config.extraction.forward_batch // config.sampling.num_views)
-    num_chosen = max(num_sampled // batch, 4) * batch
-    if num_chosen >= len(videos):
-        if not videos:
-            raise SetupError("the manifest names no video; there is nothing to plan")
-        return [list(videos)]
-    chosen = [videos[index * len(videos) // num_chosen] for index in range(num_chosen)]
-    # The small sample is spread as evenly as the large one.
-    small = chosen[:: num_chosen // batch][:batch]
-    names = {video.video_id for video in small}
-    return [small, [video for video in chosen if video.video_id not in names]]
+def _first_sample(config: RunConfig, videos: Sequence[VideoSource], num_sampled: int) -> list[VideoSource]:
+    """One batch of evenly spread videos; all of them where there are hardly more than are to be measured."""
+    batch = _videos_of_a_batch(config)
+    return list(videos) if max(num_sampled, 4 * batch) >= len(videos) else _spread(videos, batch)
+
+
+def _second_sample(
+    config: RunConfig, videos: Sequence[VideoSource], first: list[VideoSource], num_sampled: int, first_seconds: float
+) -> list[VideoSource]:
+    """Whole batches of evenly spread other videos: three or more, and enough for some seconds of work, but at most half of all."""
+    batch = _videos_of_a_batch(config)
+    names = {video.video_id for video in first}
+    others = [video for video in videos if video.video_id not in names]
+    in_time = min(_MIN_SECONDS / first_seconds * len(first), len(videos) / 2)
+    num_chosen = max(int(max(in_time, num_sampled - len(first))) // batch, 3) * batch
+    return _spread(others, min(num_chosen, len(others)))
+
+
+def _spread(videos: Sequence[VideoSource], num_chosen: int) -> list[VideoSource]:
+    return [videos[index * len(videos) // num_chosen] for index in range(num_chosen)]
+
+
+def _videos_of_a_batch(config: RunConfig) -> int:
+    return -(-config.extraction.forward_batch // config.sampling.num_views)
 
 
 @dataclass(frozen=True, slots=True)
