@@ -73,8 +73,9 @@ class TrainingConfig(BaseModel):
     """On every parameter."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate over the run: constant as published, or a cosine to zero."""
-    query_reduction: Literal["mean", "sum"] = "mean"
-    """Mean (MASTAF) or sum (TRX, STRM, TA2N) of the loss over the queries of an episode."""
+    query_reduction: Literal["mean", "sum"] | None = None
+    """Mean or sum of the loss over the queries of an episode; with the same learning rate the sum is a Q times larger step.
+    None: as the head was published (sum for TRX, STRM and TA2N, mean for the others)."""
     backbone_batchnorm: Literal["episode", "frozen"] = "episode"
     """Statistics of the backbone's BatchNorm in training: all clips of one episode jointly, as published, or frozen."""
     validate_every: int = Field(default=2_000, ge=1)

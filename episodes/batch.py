@@ -28,8 +28,11 @@ class EpisodeBatch:
     """Number of classes N of every episode."""
     class_global_labels: Tensor | None = None
     """(E, N) int64, the label of each class among all training classes; None outside training."""
-    generator: torch.Generator | None = None
-    """Randomness of heads that draw."""
+    seeds: Tensor | None = None
+    """(E,) int64 on the CPU, one for the draws of a head within each episode (`episodes.noise`); None: nothing may draw."""
+    support_order: Tensor | None = None
+    """(E, S) int64, the place of each support when they are sorted by video id; None: as they come. For heads whose
+    numbers depend on the order of supports by definition (`in_order`)."""
 
     def __post_init__(self) -> None:
         self._check_inputs()
@@ -39,6 +42,10 @@ class EpisodeBatch:
         if self.class_global_labels is not None:
             shape = (self.num_episodes, self.n_way)
             self._check_labels("class_global_labels", self.class_global_labels, shape, 0, None)
+        if self.seeds is not None:
+            self._check_labels("seeds", self.seeds, (self.num_episodes,), 0, None)
+        if self.support_order is not None:
+            self._check_labels("support_order", self.support_order, tuple(self.support.shape[:2]), 0, None)
         if self.support_labels.device.type == "cpu":
             self._check_every_class_has_a_support()
 
@@ -55,7 +62,7 @@ class EpisodeBatch:
         return self.class_global_labels.gather(1, self.query_labels)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "EpisodeBatch":
-        """The same batch with its tensors on another device (the generator stays where it is)."""
+        """The same batch with its tensors on another device (the seeds stay on the CPU)."""
 
         def moved(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=non_blocking)
@@ -67,6 +74,20 @@ class EpisodeBatch:
             query=moved(self.query),
             query_labels=None if self.query_labels is None else moved(self.query_labels),
             class_global_labels=None if self.class_global_labels is None else moved(self.class_global_labels),
+            support_order=None if self.support_order is None else moved(self.support_order),
+        )
+
+    def in_order(self) -> "EpisodeBatch":
+        """The same episodes with their supports sorted by video id, for heads to which their order matters."""
+        if self.support_order is None:
+            return self
+        order = self.support_order.argsort(dim=1)
+        index = order.reshape(*order.shape, *[1] * (self.support.ndim - 2)).expand(self.support.shape)
+        return replace(
+            self,
+            support=self.support.gather(1, index),
+            support_labels=self.support_labels.gather(1, order),
+            support_order=self.support_order.gather(1, order),
         )
 
     def _check_inputs(self) -> None:

@@ -3,16 +3,17 @@
 # C channels, T time steps, H W grid, Z classes of the global classifier
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
-from episodes.head import HeadModule
+from episodes.head import HeadInputs, HeadModule, HeadOptions
 from episodes.heads.mastaf import MastafHead
 from episodes.heads.mastaf_config import MastafConfig
+from episodes.losses import QueryReduction
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +22,18 @@ class HeadEntry:
 
     description: str
     """One sentence for `mastaf list heads`."""
-    config: type[MastafConfig] = MastafConfig
+    config: type[HeadOptions] = MastafConfig
     """The head's knobs."""
-    module: type[MastafHead] = MastafHead
-    """The head."""
+    make: Callable[[Any, HeadInputs], HeadModule] = MastafHead
+    """Builds the head from its knobs and what it is built for."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Options that make this head what it is; the config cannot change them."""
+    query_reduction: QueryReduction = "mean"
+    """How the published training reduces the loss over the queries of an episode; `training.query_reduction` overrides it."""
+    is_experimental: bool = False
+    """Whether the source is a description without code or formulas, so that details are ours."""
+    order_reason: str = ""
+    """Why the order of supports matters by definition, so that the head sorts them by video id; empty: it does not."""
 
 
 HEADS: dict[str, HeadEntry] = {
@@ -45,7 +52,7 @@ HEADS: dict[str, HeadEntry] = {
 }
 
 
-def head_config(name: str, options: Mapping[str, Any]) -> MastafConfig:
+def head_config(name: str, options: Mapping[str, Any]) -> HeadOptions:
     """The checked knobs of a head.
 
     Args:
@@ -103,9 +110,7 @@ def build_head(
     config = head_config(name, options)
     if len(cube_shape) != 4 or min(cube_shape) < 1:
         raise ValueError(f"cube shape {tuple(cube_shape)} is not four sizes (C, T, H, W) of 1 or more")
-    return HEADS[name].module(
-        config, cube_shape, num_classes, default_meta_bn_query=default_meta_bn_query, generator=generator
-    )
+    return HEADS[name].make(config, HeadInputs(cube_shape, num_classes, default_meta_bn_query, generator))
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -28,6 +28,11 @@ def position_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return per_position.mean(dim=-1).reshape(labels.shape)
 
 
+def query_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each query: logits (E, Q, N) and labels (E, Q) int64 to losses (E, Q)."""
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").reshape(labels.shape)
+
+
 def combine(losses: Mapping[str, Tensor], weights: Mapping[str, float], query_reduction: QueryReduction) -> Tensor:
     """Weighted sum of the terms, reduced over the queries of each episode.
 

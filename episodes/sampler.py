@@ -153,6 +153,11 @@ def draw_views(split_hash: str, seed: int, index: int, count: int, num_views: in
     return np.array([draws.below(num_views) for _ in range(count)], dtype=np.int64)
 
 
+def draw_noise_seed(split_hash: str, seed: int, index: int) -> int:
+    """Seed of what a head draws within episode `index`, in 0 .. 2**63 - 1; a stream of its own, apart from videos and views."""
+    return Draws(key_of("mastaf noise 1", split_hash, operator.index(seed)), index).below(1 << 63)
+
+
 def episode_hash(episodes: Iterable[Episode]) -> str:
     """SHA-256 of episodes in their order, as hexadecimal digits."""
     digest = hashlib.sha256()

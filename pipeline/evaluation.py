@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from episodes.sampler import Episode, EpisodeSampler, episode_hash
+from episodes.sampler import Episode, EpisodeSampler, draw_noise_seed, episode_hash
 from pipeline.model import FewShotModel
 from pipeline.sources import Source, assemble
 
@@ -73,7 +73,8 @@ def evaluate_model(
             episodes = [
                 sampler.episode(index) for index in range(len(drawn), min(len(drawn) + batch_size, num_episodes))
             ]
-            per_episode += _score(model, source, episodes, device)
+            seeds = [draw_noise_seed(sampler.split_hash, sampler.seed, episode.index) for episode in episodes]
+            per_episode += _score(model, source, episodes, seeds, device)
             drawn += episodes
             if batch_size == 1:
                 batch_size = episodes_per_batch(source, episodes[0])
@@ -92,13 +93,16 @@ def episodes_per_batch(source: Source, episode: Episode) -> int:
     return max(1, min(256, BATCH_BYTES // (item_bytes * videos)))
 
 
-def _score(model: FewShotModel, source: Source, episodes: list[Episode], device: torch.device) -> list[float]:
+def _score(
+    model: FewShotModel, source: Source, episodes: list[Episode], seeds: list[int], device: torch.device
+) -> list[float]:
     num_supports, num_queries = len(episodes[0].support_ids), len(episodes[0].query_ids)
     batch = assemble(
         episodes,
         source,
         np.zeros((len(episodes), num_supports), dtype=np.int64),
         np.zeros((len(episodes), num_queries), dtype=np.int64),
+        seeds=seeds,
     ).to(device)
     logits = model(batch).logits  # (E, Q, N)
     assert batch.query_labels is not None

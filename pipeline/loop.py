@@ -6,7 +6,7 @@ Episode i of a run is a pure function of (split hash, protocol, seed, i), so the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,8 +15,9 @@ import torch
 
 from configs.schema import TrainingConfig
 from episodes.batch import EpisodeBatch
+from episodes.head import Phase
 from episodes.losses import combine
-from episodes.sampler import EpisodeSampler, draw_views
+from episodes.sampler import EpisodeSampler, draw_noise_seed, draw_views
 from pipeline.interrupts import StopRequest
 from pipeline.model import FewShotModel
 from pipeline.sources import Source, assemble
@@ -61,60 +62,87 @@ class TrainingBatches:
         views = np.stack(
             [draw_views(sampler.split_hash, sampler.seed, index, count, self.train_views) for index in indices]
         )  # (E, S + Q)
-        return assemble(episodes, self.source, views[:, :num_supports], views[:, num_supports:], self.global_index)
+        seeds = [draw_noise_seed(sampler.split_hash, sampler.seed, index) for index in indices]
+        return assemble(
+            episodes, self.source, views[:, :num_supports], views[:, num_supports:], self.global_index, seeds
+        )
 
 
-def run_loop(
-    model: FewShotModel,
-    batches: TrainingBatches,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    config: TrainingConfig,
-    device: torch.device,
-    first_episode: int,
-    stop: StopRequest,
-    on_step: Callable[[StepRecord], None],
-) -> int:
-    """Train from `first_episode` to ``config.episodes`` or until a stop is requested.
+@dataclass(slots=True)
+class Learner:
+    """A model that trains on the episodes of the loop, with what belongs to it alone."""
 
-    Gradients of a step are those of the mean loss over ``episodes_per_step`` episodes, however many pass at a time.
+    model: FewShotModel
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    config: TrainingConfig
+    on_step: Callable[[StepRecord], None]
+    """Called after every optimiser step; validation and saving happen in there."""
+    done: int = 0
+    """Training episodes done."""
+
+
+def run_loop(learners: Sequence[Learner], batches: TrainingBatches, device: torch.device, stop: StopRequest) -> None:
+    """Train to ``config.episodes`` or until a stop is requested; several learners share one pass of the data.
+
+    Gradients of a step are those of the mean loss over ``episodes_per_step`` episodes, however many pass at a time. Each learner
+    goes on from its own position, and does what it would do alone.
 
     Args:
-        on_step: called after every optimiser step; validation and saving happen in there.
-
-    Returns:
-        Training episodes done.
+        learners: one or more, with the same mode, episodes, episodes per step and per forward pass.
+        batches: makes the episodes.
+        device: where the models are.
+        stop: asked before every step.
 
     Raises:
         TrainingError: a loss is not finite; its episodes are named.
     """
+    config = learners[0].config
     per_forward = config.episodes_per_forward or (1 if config.mode == "end_to_end" else config.episodes_per_step)
+    first_episode = min(learner.done for learner in learners)
     steps = list(_steps(first_episode, config.episodes, config.episodes_per_step))
     chunks = [chunk for step in steps for chunk in _steps(step.start, step.stop, per_forward)]
-    done = first_episode
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         ahead = pool.submit(batches.make, chunks[0]) if chunks else None
         position = 0
         for step in steps:
             if stop.signal_number is not None:
                 break
-            model.train()
-            optimizer.zero_grad(set_to_none=True)
-            parts: list[_Part] = []
+            active = [learner for learner in learners if learner.done < step.stop]
+            parts: list[list[_Part]] = [[] for _ in active]
+            for learner in active:
+                learner.model.train()
+                learner.optimizer.zero_grad(set_to_none=True)
             while position < len(chunks) and chunks[position].start < step.stop:
                 assert ahead is not None
                 batch = ahead.result().to(device)
                 position += 1
                 ahead = pool.submit(batches.make, chunks[position]) if position < len(chunks) else None
-                parts.append(_accumulate(model, batch, config, chunks[position - 1], len(step)))
-            learning_rate = float(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            scheduler.step()
-            done = step.stop
-            on_step(_record(parts, done, learning_rate))
+                for learner, sums in zip(active, parts, strict=True):
+                    sums.append(_accumulate(learner, batch, chunks[position - 1], step))
+            for learner, sums in zip(active, parts, strict=True):
+                _take_step(learner, sums, step)
         if ahead is not None:
             ahead.cancel()
-    return done
+
+
+def _take_step(learner: Learner, parts: list[_Part], step: range) -> None:
+    phase = _phase(learner, step)
+    if phase is not None:
+        for name, parameter in learner.model.head.named_parameters():
+            if not name.startswith(phase.parameters):
+                parameter.grad = None
+    learning_rate = float(learner.optimizer.param_groups[0]["lr"])
+    learner.optimizer.step()
+    learner.scheduler.step()
+    learner.done = step.stop
+    learner.on_step(_record(parts, step.stop, learning_rate))
+
+
+def _phase(learner: Learner, step: range) -> Phase | None:
+    """What this step trains; a function of the step's place alone, so that resuming needs no more than the episode."""
+    phases = learner.model.head.phases
+    return phases[step.start // learner.config.episodes_per_step % len(phases)] if phases else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +155,12 @@ class _Part:
     accuracy: float
 
 
-def _accumulate(
-    model: FewShotModel, batch: EpisodeBatch, config: TrainingConfig, indices: range, step_size: int
-) -> _Part:
+def _accumulate(learner: Learner, batch: EpisodeBatch, indices: range, step: range) -> _Part:
+    model, phase = learner.model, _phase(learner, step)
     output = model(batch)
-    totals = combine(output.losses, model.loss_weights, config.query_reduction)  # (E,)
+    losses = {name: term for name, term in output.losses.items() if phase is None or name in phase.losses}
+    reduction = learner.config.query_reduction or "mean"
+    totals = combine(losses, model.loss_weights, reduction)  # (E,)
     if not bool(torch.isfinite(totals).all()):
         bad = [index for index, total in zip(indices, totals.tolist(), strict=True) if not math.isfinite(total)]
         raise TrainingError(
@@ -139,7 +168,7 @@ def _accumulate(
             "last.pt is of the latest validation."
         )
     if totals.requires_grad:  # Neighbor without its classifier has nothing to learn on the cache
-        (totals.sum() / step_size).backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
+        (totals.sum() / len(step)).backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
     assert batch.query_labels is not None
     right = (output.logits.argmax(dim=-1) == batch.query_labels).double().mean(dim=1)
     terms = {name: float(values.detach().double().mean(dim=1).sum()) for name, values in output.losses.items()}

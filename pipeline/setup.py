@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from cache.store import FeatureStore
 from configs.schema import RunConfig
-from episodes.build import build_head
+from episodes.build import HEADS, build_head
 from episodes.checks import refuse_overlap
 from episodes.datasets import Manifest, read_manifest
 from episodes.sampler import EpisodeProtocol, EpisodeSampler
@@ -108,14 +108,26 @@ def build_model(
     return FewShotModel(encoder, head).to(device)
 
 
-def prepare(config: RunConfig, device: torch.device, checkpoint: Mapping[str, Any] | None = None) -> Workplace:
+def prepare(
+    config: RunConfig,
+    device: torch.device,
+    checkpoint: Mapping[str, Any] | None = None,
+    beside: Workplace | None = None,
+) -> Workplace:
     """Put a training run together: on the cache, or end to end.
 
     Args:
         config: as the user gave it; the workplace holds it with paths made absolute and, on the cache, with the store's settings.
         device: where the model runs.
         checkpoint: of the run to resume; its backbone is rebuilt without the file that it once started from.
+        beside: a workplace on the cache that this one shares its data with; configs may differ in ``[head]`` alone.
     """
+    published = HEADS[config.head.name].query_reduction
+    if config.training.query_reduction is None:
+        training = config.training.model_copy(update={"query_reduction": published})
+        config = config.model_copy(update={"training": training})
+    if beside is not None:
+        return _prepare_beside(config, device, beside)
     manifest = load_manifest(config)
     num_classes = len(global_index(config, manifest))
     config = with_absolute_paths(config)
@@ -134,6 +146,23 @@ def prepare(config: RunConfig, device: torch.device, checkpoint: Mapping[str, An
     )
     model = build_model(config, encoder, encoder_cube_shape(config, encoder, device), num_classes, device)
     return Workplace(config, manifest, model, live, None, device, num_classes)
+
+
+def _prepare_beside(config: RunConfig, device: torch.device, first: Workplace) -> Workplace:
+    if not isinstance(first.source, CachedCubes):
+        raise SetupError(
+            "several heads in one go train on the cache only: end to end each would need a backbone of its own. "
+            'Set training.mode = "cached", or train them one by one.'
+        )
+    # The first config has its paths made absolute and the store's settings; only the head is this one's own.
+    training = first.config.training.model_copy(update={"query_reduction": config.training.query_reduction})
+    config = first.config.model_copy(update={"head": config.head, "training": training})
+    if config.head.array != first.source.array:
+        raise SetupError(
+            f"several heads in one go read one array, but head.array is {first.source.array!r} and {config.head.array!r}."
+        )
+    model = build_model(config, nn.Identity(), first.source.cube_shape, first.num_classes, device)
+    return replace(first, config=config, model=model)
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

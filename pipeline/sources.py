@@ -216,6 +216,7 @@ def assemble(
     support_views: np.ndarray,
     query_views: np.ndarray,
     global_index: Mapping[str, int] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> EpisodeBatch:
     """Turn episodes (ids and labels) into the tensors of one batch.
 
@@ -225,6 +226,7 @@ def assemble(
         support_views: (E, S) int64, the view of each support.
         query_views: (E, Q) int64, the view of each query.
         global_index: training class name -> global label; None leaves the global labels out (evaluation).
+        seeds: E seeds of what a head draws (`episodes.sampler.draw_noise_seed`).
     """
     num_supports = len(episodes[0].support_ids)
     ids = [video_id for episode in episodes for video_id in (*episode.support_ids, *episode.query_ids)]
@@ -245,4 +247,12 @@ def assemble(
         ),
         n_way=len(episodes[0].class_names),
         class_global_labels=global_labels,
+        seeds=None if seeds is None else torch.tensor(seeds, dtype=torch.int64),
+        support_order=torch.tensor([_places(episode.support_ids) for episode in episodes]),
     )
+
+
+def _places(video_ids: Sequence[str]) -> list[int]:
+    """The place of each video when they are sorted by id."""
+    place_of = {video_id: place for place, video_id in enumerate(sorted(video_ids))}
+    return [place_of[video_id] for video_id in video_ids]

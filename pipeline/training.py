@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pipeline.checkpoint import write_file
 from pipeline.evaluation import evaluate_model
 from pipeline.initial_weights import load_initial_weights
 from pipeline.interrupts import Stopped, StopRequest
-from pipeline.loop import StepRecord, TrainingBatches, run_loop
+from pipeline.loop import Learner, StepRecord, TrainingBatches, run_loop
 from pipeline.model import ClipEncoder, FewShotModel
 from pipeline.run_files import (
     Progress,
@@ -103,22 +104,54 @@ def train(
         SetupError, SourceError, TrainingError: bad input, one line each.
         Stopped: a signal came; last.pt is written.
     """
-    refuse_wrong_folder(folder, resume)
-    checkpoint = load_for_resume(folder, device) if resume else None
-    place = prepare(config, device, checkpoint)
-    if checkpoint is not None:
-        refuse_other_config(folder, place.config)
-        refuse_other_data(checkpoint, place)
-    elif config.training.initial_weights:
-        load_initial_weights(place.model, Path(config.training.initial_weights))
-    with StopRequest() as stop:
-        job = _make_job(place, folder, report, stop)
+    return train_together([(config, folder)], device, resume, lambda _, record: report(record))[0]
+
+
+def train_together(
+    runs: Sequence[tuple[RunConfig, Path]],
+    device: torch.device,
+    resume: bool = False,
+    report: Callable[[Path, Mapping[str, Any]], None] = lambda folder, record: None,
+) -> list[dict[str, Any]]:
+    """Train several heads on one pass of the same episodes; each run is what `train` alone would make of it.
+
+    Args:
+        runs: resolved config and folder of each; configs may differ in ``[head]`` alone, and on the cache only.
+        device: where the models are.
+        resume: go on from each folder's last.pt, each from its own position.
+        report: called with the folder and every line that goes to its metrics.jsonl.
+
+    Returns:
+        The run cards.
+
+    Raises:
+        SetupError, SourceError, TrainingError: bad input, one line each.
+        Stopped: a signal came; every last.pt is written.
+    """
+    places: list[Workplace] = []
+    checkpoints = []
+    for config, folder in runs:
+        refuse_wrong_folder(folder, resume)
+        checkpoint = load_for_resume(folder, device) if resume else None
+        place = prepare(config, device, checkpoint, beside=places[0] if places else None)
         if checkpoint is not None:
-            _restore(job, checkpoint)
-        _check_sources(job)
-        _begin(job, is_new=checkpoint is None)
-        _run(job)
-    return _finish(job)
+            refuse_other_config(folder, place.config)
+            refuse_other_data(checkpoint, place)
+        elif config.training.initial_weights:
+            load_initial_weights(place.model, Path(config.training.initial_weights))
+        places.append(place)
+        checkpoints.append(checkpoint)
+    jobs = []
+    with StopRequest() as stop:
+        for (_, folder), place, checkpoint in zip(runs, places, checkpoints, strict=True):
+            job = _make_job(place, folder, partial(report, folder), stop)
+            if checkpoint is not None:
+                _restore(job, checkpoint)
+            _check_sources(job)
+            _begin(job, is_new=checkpoint is None)
+            jobs.append(job)
+        _run(jobs, stop)
+    return [_finish(job) for job in jobs]
 
 
 def _make_job(place: Workplace, folder: Path, report: Callable[[Mapping[str, Any]], None], stop: StopRequest) -> _Job:
@@ -181,30 +214,34 @@ def _begin(job: _Job, is_new: bool) -> None:
     job.save("last.pt")
 
 
-def _run(job: _Job) -> None:
-    config = job.place.config
-    if _is_validation_due(job):
-        _validate(job)
+def _run(jobs: Sequence[_Job], stop: StopRequest) -> None:
+    place = jobs[0].place
+    for job in jobs:
+        if _is_validation_due(job):
+            _validate(job)
     batches = TrainingBatches(
-        make_sampler(config, job.place.manifest, "train"),
-        job.place.source,
-        global_index(config, job.place.manifest),
-        config.episodes.train_views,
+        make_sampler(place.config, place.manifest, "train"),
+        place.source,
+        global_index(place.config, place.manifest),
+        place.config.episodes.train_views,
     )
-    run_loop(
-        job.place.model,
-        batches,
-        job.optimizer,
-        job.scheduler,
-        job.training,
-        job.place.device,
-        job.progress.episode,
-        job.stop,
-        lambda record: _after_step(job, record),
-    )
-    if job.stop.signal_number is not None and job.progress.episode < job.training.episodes:
-        job.save("last.pt")
-        raise job.stopped()
+    learners = [
+        Learner(
+            job.place.model,
+            job.optimizer,
+            job.scheduler,
+            job.training,
+            partial(_after_step, job),
+            job.progress.episode,
+        )
+        for job in jobs
+    ]
+    run_loop(learners, batches, place.device, stop)
+    unfinished = [job for job in jobs if job.progress.episode < job.training.episodes]
+    if stop.signal_number is not None and unfinished:
+        for job in unfinished:
+            job.save("last.pt")
+        raise unfinished[0].stopped()
 
 
 def _after_step(job: _Job, record: StepRecord) -> None:

@@ -16,14 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from episodes.batch import EpisodeBatch
-from episodes.head import HeadModule, HeadOutput
+from episodes.head import HeadInputs, HeadModule, HeadOutput
 from episodes.heads.mastaf_attention import (
     MetaLearner,
     Relation,
     RelationRule,
     UniformKernel,
     cross_relation,
-    make_linear,
     self_relation,
 )
 from episodes.heads.mastaf_config import MastafConfig
@@ -38,7 +37,9 @@ from episodes.heads.mastaf_scores import (
     prototype_direction,
     whole_cube_cosine,
 )
+from episodes.initial import make_linear
 from episodes.losses import position_cross_entropy
+from episodes.shots import at_least_float32, class_means
 
 USES = ("self_support", "self_query", "cross_support", "cross_query")
 """The uses of the attention, in the order in which the released code updates its running statistics."""
@@ -47,31 +48,16 @@ USES = ("self_support", "self_query", "cross_support", "cross_query")
 class MastafHead(HeadModule):
     """Spatio-temporal self and cross attention, fused, with a global classifier trained along."""
 
-    def __init__(
-        self,
-        config: MastafConfig,
-        cube_shape: tuple[int, int, int, int],
-        num_classes: int | None = None,
-        *,
-        default_meta_bn_query: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Build the head.
-
-        Args:
-            config: its knobs.
-            cube_shape: (C, T, H, W).
-            num_classes: training classes Z; None or 0 leaves the global classifier out.
-            default_meta_bn_query: value of `meta_bn_query` where the config leaves it to the protocol.
-            generator: randomness of the initialisation; None: torch's global one.
-        """
+    def __init__(self, config: MastafConfig, inputs: HeadInputs) -> None:
+        """Build the head; where the config leaves `meta_bn_query` to the protocol, one query in all means no."""
         super().__init__()
+        cube_shape, generator, num_classes = inputs.cube_shape, inputs.generator, inputs.num_classes
         self.config = config
         self.cube_shape = cube_shape
         self.grid = (1, *cube_shape[2:]) if config.average_time else cube_shape[1:]
         self.num_positions = math.prod(self.grid)
         wanted = config.meta_bn_query
-        self.meta_bn_query = default_meta_bn_query if wanted is None else wanted
+        self.meta_bn_query = inputs.has_several_queries if wanted is None else wanted
         self.rule = RelationRule(config.kernel_reduce, config.tau)
         self.gain = float(self.num_positions) if config.attention_gain == "L" else config.attention_gain
         shared = config.share_cam and (config.self_attention or config.cross_attention)
@@ -110,16 +96,9 @@ class MastafHead(HeadModule):
 
     def cubes(self, batch: EpisodeBatch) -> EpisodeCubes:
         """Prototypes (averages of the supports of each class) and queries, positions in one axis."""
-        if tuple(batch.query.shape[2:]) != self.cube_shape:
-            raise ValueError(
-                f"the batch holds {tuple(batch.query.shape[2:])}, the head was built for {self.cube_shape}"
-            )
-        support, query = (self._positions(_at_least_float32(cubes)) for cubes in (batch.support, batch.query))
-        classes = torch.arange(batch.n_way, device=query.device)
-        members = (batch.support_labels[:, None] == classes[:, None]).to(support.dtype)  # (E, N, S)
-        shares = members / members.sum(dim=-1, keepdim=True)
-        prototypes = (shares @ support.flatten(2)).reshape(*shares.shape[:2], *support.shape[2:])
-        return EpisodeCubes(prototypes, query)
+        self.refuse_other_shape(batch)
+        support, query = (self._positions(at_least_float32(cubes)) for cubes in (batch.support, batch.query))
+        return EpisodeCubes(class_means(support, batch), query)
 
     def relations(self, cubes: EpisodeCubes) -> dict[str, Relation]:
         """The uses of the attention by name (`USES`), those of the branches that are on."""
@@ -235,10 +214,6 @@ class MastafHead(HeadModule):
             return UniformKernel()
         with_norm = self.config.meta_bn != "none"
         return MetaLearner(self.num_positions, self.config.hidden, with_norm=with_norm, generator=generator)
-
-
-def _at_least_float32(cubes: Tensor) -> Tensor:
-    return cubes.float() if cubes.dtype in (torch.float16, torch.bfloat16) else cubes
 
 
 def _on_grid(attention: Tensor, grid: tuple[int, int, int]) -> Tensor:

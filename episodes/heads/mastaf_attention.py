@@ -17,15 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True, slots=True)
-class BatchMoments:
-    """Statistics of one use of the batch normalisation, per episode."""
-
-    mean: Tensor
-    """(E, U)."""
-    variance: Tensor
-    """(E, U), unbiased."""
+from episodes.episode_norm import BatchMoments, EpisodeBatchNorm
+from episodes.initial import make_linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,69 +61,6 @@ class RelationRule:
     """Temperature of the softmax."""
 
 
-class EpisodeBatchNorm(nn.Module):
-    """Batch normalisation whose batch is one episode, and whose running update waits until `update` is called.
-
-    `nn.BatchNorm1d` would mix the episodes of a call, and would update between the uses of one episode; here E
-    episodes in one call give what E calls give.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
-        super().__init__()
-        self.eps = eps
-        self.momentum = momentum
-        self.weight = nn.Parameter(torch.ones(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features))
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_var", torch.ones(num_features))
-        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
-
-    def normalize(self, values: Tensor) -> tuple[Tensor, BatchMoments | None]:
-        """Normalise the M vectors of each episode.
-
-        Args:
-            values: (E, M, U).
-
-        Returns:
-            The normalised vectors (E, M, U), and the statistics they were normalised with when training.
-        """
-        if not self.training:
-            scale = self.weight * torch.rsqrt(self.running_var + self.eps)
-            return (values - self.running_mean) * scale + self.bias, None
-        num_maps = values.shape[1]
-        if num_maps < 2:
-            raise ValueError(
-                "batch normalisation in training needs two or more relation maps per episode, got 1; "
-                'use more queries or classes, or head.meta_bn_query = false with head.meta_bn = "reference"'
-            )
-        variance, mean = torch.var_mean(values, dim=1, correction=0)
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        normalized = (values - mean[:, None]) * scale[:, None] + self.bias
-        unbiased = variance.detach() * (num_maps / (num_maps - 1))
-        return normalized, BatchMoments(mean.detach(), unbiased)
-
-    @torch.no_grad()
-    def update(self, uses: Sequence[BatchMoments]) -> None:
-        """Add the statistics of one call to the running ones: episode by episode, the uses of each in their order.
-
-        Args:
-            uses: one entry per use, each over the same E episodes.
-        """
-        if not uses:
-            return
-        num_episodes = uses[0].mean.shape[0]
-        means = torch.stack([use.mean for use in uses], dim=1).reshape(-1, self.weight.numel())
-        variances = torch.stack([use.variance for use in uses], dim=1).reshape(-1, self.weight.numel())
-        for mean, variance in zip(means, variances, strict=True):
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance, self.momentum)
-        self.num_batches_tracked += num_episodes * len(uses)
-
-
 class MetaLearner(nn.Module):
     """Two linear layers over the positions, L to U to L, with batch normalisation and ReLU between (Eq. 4)."""
 
@@ -148,14 +78,17 @@ class MetaLearner(nn.Module):
         hidden = self.reduce(relation_mean)
         moments = None
         if normalize and self.norm is not None:
-            flat, moments = self.norm.normalize(hidden.flatten(1, -2))
+            flat, moments = self.norm.normalize(
+                hidden.flatten(1, -2),
+                'use more queries or classes, or head.meta_bn_query = false with head.meta_bn = "reference"',
+            )
             hidden = flat.reshape(hidden.shape)
         return Kernel(self.expand(F.relu(hidden)), moments)
 
     def update(self, uses: Sequence[Kernel]) -> None:
         """Update the running statistics with the uses of one call, in their published order."""
         if self.norm is not None:
-            self.norm.update([use.moments for use in uses if use.moments is not None])
+            self.norm.update([use.moments for use in uses])
 
 
 class UniformKernel(nn.Module):
@@ -169,27 +102,6 @@ class UniformKernel(nn.Module):
 
     def update(self, uses: Sequence[Kernel]) -> None:
         """Nothing to update."""
-
-
-def make_linear(inputs: int, outputs: int, std: float | None, generator: torch.Generator | None) -> nn.Linear:
-    """A linear layer drawn from `generator` (None: torch's global one).
-
-    Args:
-        inputs: input width.
-        outputs: output width.
-        std: standard deviation of normal weights; None: uniform within 1/sqrt(inputs), torch's default.
-        generator: source of randomness.
-    """
-    # By way of the meta device, so that the constructor draws nothing from the global generator.
-    layer = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")
-    bound = 1.0 / math.sqrt(inputs)
-    with torch.no_grad():
-        if std is None:
-            layer.weight.uniform_(-bound, bound, generator=generator)
-        else:
-            layer.weight.normal_(0.0, std, generator=generator)
-        layer.bias.uniform_(-bound, bound, generator=generator)
-    return layer
 
 
 def self_relation(features: Tensor, kernel_maker: KernelMaker, rule: RelationRule, *, normalize: bool) -> Relation:

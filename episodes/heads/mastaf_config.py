@@ -7,7 +7,9 @@ each difference is a key. `docs/mastaf.md` has the table.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from episodes.head import HeadOptions
 
 Preset = Literal["reference", "paper", "paper_stable"]
 
@@ -52,10 +54,8 @@ _OF_ATTENTION = (
 )
 
 
-class MastafConfig(BaseModel):
+class MastafConfig(HeadOptions):
     """Knobs of the MASTAF head. Field defaults are those of the released code; explicit keys override the preset."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     preset: Preset = "reference"
     """Which defaults: "reference" is the released code, "paper" the printed equations to the letter (its attention

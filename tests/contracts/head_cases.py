@@ -3,7 +3,7 @@
 # E episodes, S supports, Q queries, N classes, K shots; C channels, T time steps, H W grid
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,22 @@ class HeadCase:
     """Its options."""
     without_gradient: Mapping[str, str] = field(default_factory=dict)
     """Parameters whose gradient is exactly zero in training, and why."""
+    cube_shape: tuple[int, int, int, int] = CUBE_SHAPE
+    """(C, T, H, W) of the contract's cubes, where the head needs larger ones."""
+    refused_grids: Mapping[tuple[int, int, int], str] = field(default_factory=dict)
+    """(T, H, W) that make no sense for the head -> what its error says when it is built."""
+    is_noisy: bool = False
+    """Whether it draws in training; laws about order and padding then hold in evaluation."""
+    support_without_gradient: str = ""
+    """Why no gradient reaches the supports; empty: it does."""
+    repeats_matter: str = ""
+    """Why a support given twice changes the logits; empty: it does not."""
+    single_precision: float = 1e-5
+    """Largest difference of logits between float32 and float64."""
+    learning_rate: float = 0.05
+    """Of Adam on the toy."""
+    num_steps: int = 30
+    """On the toy."""
 
     def __str__(self) -> str:
         return "-".join([self.name, *(f"{key}={value}" for key, value in self.options.items())])
@@ -79,7 +95,36 @@ def make_batch(
         cubes = means[classes.gather(1, labels)]
         return (cubes + noise * torch.rand(cubes.shape, generator=source, dtype=torch.float64)).to(dtype)
 
-    return EpisodeBatch(videos(support_labels), support_labels, videos(query_labels), query_labels, n_way, classes)
+    batch = EpisodeBatch(videos(support_labels), support_labels, videos(query_labels), query_labels, n_way, classes)
+    order = torch.stack([torch.randperm(n_way * k_shot, generator=source) for _ in drawn])
+    return replace(batch, seeds=torch.arange(num_episodes) + 40, support_order=order)
+
+
+def reordered(batch: EpisodeBatch, order: Tensor) -> EpisodeBatch:
+    """The same episodes, their supports in another order."""
+    assert batch.support_order is not None
+    return replace(
+        batch,
+        support=batch.support[:, order],
+        support_labels=batch.support_labels[:, order],
+        support_order=batch.support_order[:, order],
+    )
+
+
+def with_padding(batch: EpisodeBatch) -> EpisodeBatch:
+    """The same episodes with two rows of padding behind the first support."""
+    assert batch.support_order is not None
+
+    def padded(values: Tensor, padding: Tensor) -> Tensor:
+        return torch.cat([values[:, :1], padding, values[:, 1:]], dim=1)
+
+    last = torch.tensor([[90, 91]]).expand(len(batch.support), 2)
+    return replace(
+        batch,
+        support=padded(batch.support, torch.full_like(batch.support[:, :2], 1e3)),
+        support_labels=padded(batch.support_labels, torch.full_like(last, -1)),
+        support_order=padded(batch.support_order, last),
+    )
 
 
 def part(batch: EpisodeBatch, episodes: slice = slice(None), queries: slice = slice(None)) -> EpisodeBatch:
@@ -93,15 +138,17 @@ def part(batch: EpisodeBatch, episodes: slice = slice(None), queries: slice = sl
         batch.query_labels[episodes, queries],
         batch.n_way,
         batch.class_global_labels[episodes],
+        None if batch.seeds is None else batch.seeds[episodes],
+        None if batch.support_order is None else batch.support_order[episodes],
     )
 
 
 def make_head(
-    case: HeadCase, cube_shape: tuple[int, int, int, int] = CUBE_SHAPE, dtype: torch.dtype = torch.float64
+    case: HeadCase, cube_shape: tuple[int, int, int, int] | None = None, dtype: torch.dtype = torch.float64
 ) -> HeadModule:
     """The head of a case, its parameters and buffers moved off their initial values."""
     source = torch.Generator().manual_seed(7)
-    head = build_head(case.name, case.options, cube_shape, NUM_GLOBAL_CLASSES, True, source)
+    head = build_head(case.name, case.options, cube_shape or case.cube_shape, NUM_GLOBAL_CLASSES, True, source)
     with torch.no_grad():
         for tensor in [*head.parameters(), *head.buffers()]:
             if tensor.is_floating_point():

@@ -32,14 +32,26 @@ def test_global_labels_are_absent_without_their_parts() -> None:
 
 
 def test_moving_keeps_every_field() -> None:
-    generator = torch.Generator()
-    moved = replace(batch(), generator=generator).to("cpu")
-    assert moved.generator is generator
+    seeds, order = torch.tensor([3, 4]), torch.tensor([[2, 0, 1], [0, 1, 2]])
+    moved = replace(batch(), seeds=seeds, support_order=order).to("cpu")
+    assert moved.seeds is seeds
+    assert moved.support_order is not None
+    assert torch.equal(moved.support_order, order)
     assert moved.n_way == 2
     assert torch.equal(moved.support_labels, batch().support_labels)
     assert moved.class_global_labels is not None
     # The meta device holds no values, as an accelerator holds none that may be read for free.
     assert batch().to("meta").support.device.type == "meta"
+
+
+def test_supports_in_order_of_their_ids_come_with_their_labels() -> None:
+    videos = torch.arange(6.0).reshape(2, 3, 1, 1, 1, 1).expand(2, 3, 4, 1, 1, 1)
+    ordered = replace(batch(), support=videos, support_order=torch.tensor([[2, 0, 1], [0, 1, 2]])).in_order()
+    assert ordered.support[:, :, 0, 0, 0, 0].tolist() == [[1, 2, 0], [3, 4, 5]]
+    assert ordered.support_labels.tolist() == [[1, -1, 0], [1, 0, 1]]
+    assert ordered.support_order is not None
+    assert ordered.support_order.tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert batch().in_order().support_labels.tolist() == batch().support_labels.tolist()
 
 
 @pytest.mark.parametrize(
@@ -58,6 +70,8 @@ def test_moving_keeps_every_field() -> None:
         ({"query_labels": torch.tensor([[0], [0]])}, "query_labels has shape"),
         ({"class_global_labels": torch.tensor([[0, 1, 2], [0, 1, 2]])}, "class_global_labels has shape"),
         ({"class_global_labels": torch.tensor([[0, -1], [0, 1]])}, "class_global_labels reaches from -1"),
+        ({"seeds": torch.tensor([1])}, "seeds has shape"),
+        ({"support_order": torch.tensor([[0, 1], [0, 1]])}, "support_order has shape"),
     ],
 )
 def test_contradictions_are_refused(change: dict[str, Any], message: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from contracts import golden
 from contracts.compared import Compared, head_batch
+from episodes.head import HeadInputs
 from episodes.heads.mastaf import MastafHead
 from episodes.heads.mastaf_attention import MetaLearner
 from episodes.heads.mastaf_config import MastafConfig
@@ -43,7 +44,7 @@ def published_state(gpus: int = 1, hidden: int = 6, positions: int = 49, num_cla
 
 
 def head(num_classes: int | None = 51, grid: tuple[int, int, int] = (1, 7, 7), **options: Any) -> MastafHead:
-    return MastafHead(MastafConfig(**options), (CHANNELS, *grid), num_classes)
+    return MastafHead(MastafConfig(**options), HeadInputs((CHANNELS, *grid), num_classes))
 
 
 @pytest.mark.parametrize("gpus", [1, 2])
@@ -89,13 +90,10 @@ def test_imported_head_gives_the_golden_scores_parity(golden_file: Path) -> None
         alpha=file.number("const/alpha"),
     )
     channels, steps, height, width = batch.query.shape[2:]
-    default_meta_bn_query = batch.query.shape[1] > 1
-    ours = MastafHead(
-        config,
-        (channels, steps, height, width),
-        int(file.number("const/Z")),
-        default_meta_bn_query=default_meta_bn_query,
+    inputs = HeadInputs(
+        (channels, steps, height, width), int(file.number("const/Z")), has_several_queries=batch.query.shape[1] > 1
     )
+    ours = MastafHead(config, inputs)
     load_staf_head(ours, split_staf_state({"model_state_dict": state}))
     file.matches("out_eval/accuracy_scores", ours.eval()(batch).logits)
 
@@ -121,7 +119,7 @@ def test_a_head_without_classifier_takes_the_meta_learner_alone() -> None:
         (head(meta_bn="none"), "this head has none"),
         (head(meta_learner=False), "this head has none"),
         (head(self_attention=False, cross_attention=False), "this head has none"),
-        (MastafHead(MastafConfig(), (9, 1, 7, 7), 51), r"8 channels.*\(9, 1, 7, 7\)"),
+        (MastafHead(MastafConfig(), HeadInputs((9, 1, 7, 7), 51)), r"8 channels.*\(9, 1, 7, 7\)"),
     ],
     ids=["classes", "positions", "hidden", "no norm", "no meta-learner", "neighbor", "channels"],
 )

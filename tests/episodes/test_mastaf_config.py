@@ -119,6 +119,7 @@ def test_an_option_without_effect_is_refused_by_name(name: str, options: dict[st
 @pytest.mark.parametrize("name", HEADS)
 def test_a_preset_may_set_what_has_no_effect(name: str) -> None:
     config = head_config(name, {"preset": "paper", "global_input": "query_true_cross"})
+    assert isinstance(config, MastafConfig)
     assert (config.meta_bn, config.kernel_reduce) == ("none", "sum")
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from contracts.head_cases import make_batch, mastaf_head, part
+from episodes.episode_norm import BatchMoments, EpisodeBatchNorm
 from episodes.heads.mastaf import MastafHead
-from episodes.heads.mastaf_attention import BatchMoments, EpisodeBatchNorm, MetaLearner
+from episodes.heads.mastaf_attention import MetaLearner
 
 AnyOptions = dict[str, Any]
 
@@ -62,7 +63,7 @@ def test_normalisation_of_the_querys_self_map_is_never_read_off_a_shape() -> Non
 )
 def test_a_single_map_cannot_be_normalised_in_training(options: AnyOptions, sizes: AnyOptions) -> None:
     batch = make_batch(num_episodes=2, **sizes)
-    with pytest.raises(ValueError, match="two or more relation maps per episode, got 1"):
+    with pytest.raises(ValueError, match="two or more samples per episode, got 1"):
         mastaf_head(**options).train()(batch)
     assert mastaf_head(**options).eval()(batch).logits.isfinite().all()
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from contracts.head_cases import HeadCase, make_batch, make_head, mastaf_head
 from episodes.batch import EpisodeBatch
 from episodes.build import HEADS, build_head, head_config
+from episodes.head import HeadInputs
 from episodes.heads.mastaf import MastafHead
 from episodes.heads.mastaf_attention import MetaLearner
 from episodes.heads.mastaf_config import MastafConfig
@@ -60,7 +61,7 @@ OTHER_VALUES: AnyOptions = {
 def numbers_of(name: str, options: AnyOptions) -> list[Tensor]:
     """Scores, losses and their weights, in evaluation and in training, whether or not the builder refuses the options."""
     config = MastafConfig(**HEADS[name].fixed, **options)
-    head = MastafHead(config, (8, 2, 3, 2), 11, generator=torch.Generator().manual_seed(2)).double()
+    head = MastafHead(config, HeadInputs((8, 2, 3, 2), 11, generator=torch.Generator().manual_seed(2))).double()
     batch = make_batch()
     outputs = [head.train(training)(batch) for training in (False, True)]
     losses = [outputs[1].losses[term] * weight for term, weight in head.loss_weights.items()]
@@ -90,7 +91,7 @@ def test_a_branch_alone_has_weight_one_whatever_alpha_is(fusion: Any, alpha: flo
     batch = make_batch()
     for is_self in (True, False):
         config = MastafConfig(self_attention=is_self, cross_attention=not is_self, alpha=alpha, fusion=fusion)
-        head = MastafHead(config, (8, 2, 3, 2), generator=torch.Generator().manual_seed(2)).double().eval()
+        head = MastafHead(config, HeadInputs((8, 2, 3, 2), generator=torch.Generator().manual_seed(2))).double().eval()
         cubes = head.cubes(batch)
         (branch,) = head.branches(cubes, head.relations(cubes))
         expected = 7.0 * pooled_cosine(cubes, branch)

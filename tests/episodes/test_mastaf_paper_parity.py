@@ -11,6 +11,7 @@ from torch import Tensor
 from contracts import golden
 from contracts.compared import Compared, both_precisions, head_batch
 from episodes.batch import EpisodeBatch
+from episodes.head import HeadInputs
 from episodes.heads.mastaf import USES, MastafHead
 from episodes.heads.mastaf_attention import MetaLearner
 from episodes.heads.mastaf_config import MastafConfig
@@ -32,7 +33,7 @@ def paper_head(file: Compared, batch: EpisodeBatch, **options: Any) -> MastafHea
     channels, steps, height, width = batch.query.shape[2:]
     num_classes = file.arrays["param/fc_weight"].shape[0]
     config = MastafConfig(**{**settings, **options})
-    head = MastafHead(config, (channels, steps, height, width), num_classes).to(file.dtype)
+    head = MastafHead(config, HeadInputs((channels, steps, height, width), num_classes)).to(file.dtype)
     with torch.no_grad():
         for name, parameter in paper_parameters(head).items():
             parameter.copy_(file.tensor(f"param/{name}"))

@@ -12,6 +12,7 @@ from contracts import golden
 from contracts.compared import Compared, both_modes, both_precisions, head_batch
 from contracts.head_cases import make_batch, mastaf_head
 from episodes.batch import EpisodeBatch
+from episodes.head import HeadInputs
 from episodes.heads.mastaf import MastafHead
 from episodes.heads.mastaf_attention import Kernel, MetaLearner, Relation, RelationRule, cross_relation, self_relation
 from episodes.heads.mastaf_config import MastafConfig
@@ -96,7 +97,7 @@ def released_head(file: Compared, batch: EpisodeBatch, mode: str, **options: Any
     )
     channels, steps, height, width = batch.query.shape[2:]
     num_classes = int(file.number("const/Z"))
-    head = MastafHead(config, (channels, steps, height, width), num_classes).to(file.dtype)
+    head = MastafHead(config, HeadInputs((channels, steps, height, width), num_classes)).to(file.dtype)
     load_staf_head(head, split_staf_state({**file.group("param"), **file.group("buffer")}))
     assert isinstance(head.cam, MetaLearner)
     assert head.cam.norm is not None

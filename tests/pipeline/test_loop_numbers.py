@@ -32,7 +32,7 @@ from pipeline import training
 from pipeline.checkpoint import load_checkpoint
 from pipeline.extraction import build_spec, extract_videos, video_sources
 from pipeline.interrupts import Stopped, StopRequest
-from pipeline.loop import StepRecord, TrainingBatches, run_loop
+from pipeline.loop import Learner, StepRecord, TrainingBatches, run_loop
 from pipeline.model import FewShotModel
 from pipeline.setup import prepare
 
@@ -146,7 +146,9 @@ def run_tiny(config: TrainingConfig) -> tuple[list[np.ndarray], list[StepRecord]
         records.append(record)
 
     model = FewShotModel(nn.Identity(), head)
-    assert run_loop(model, batches, optimizer, scheduler, config, CPU, 0, StopRequest(), note) == config.episodes
+    learner = Learner(model, optimizer, scheduler, config, note)
+    run_loop([learner], batches, CPU, StopRequest())
+    assert learner.done == config.episodes
     return found, records
 
 

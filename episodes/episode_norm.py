@@ -1,0 +1,90 @@
+"""Batch normalisation whose batch is one episode."""
+
+# E episodes, M samples of an episode (videos, maps, pairs), U channels
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class BatchMoments:
+    """Statistics of one use of the batch normalisation, per episode."""
+
+    mean: Tensor
+    """(E, U)."""
+    variance: Tensor
+    """(E, U), unbiased."""
+
+
+class EpisodeBatchNorm(nn.Module):
+    """Batch normalisation whose batch is one episode, and whose running update waits until `update` is called.
+
+    `nn.BatchNorm1d` and its sisters would mix the episodes of a call, and would update between the uses of one episode; here E
+    episodes in one call give what E calls give. The state dict is theirs.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.eps = eps
+        self.momentum = momentum
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
+
+    def normalize(self, values: Tensor, hint: str = "") -> tuple[Tensor, BatchMoments | None]:
+        """Normalise the channels of each episode over its samples and whatever axes follow the channels.
+
+        Args:
+            values: (E, M, U, ...).
+            hint: what to do, for the error of an episode with a single value per channel.
+
+        Returns:
+            The normalised values, and the statistics they were normalised with when training.
+
+        Raises:
+            ValueError: one value per channel has no variance to train with.
+        """
+        shape = (1, 1, -1, *[1] * (values.ndim - 3))
+        if not self.training:
+            scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+            return (values - self.running_mean.reshape(shape)) * scale.reshape(shape) + self.bias.reshape(shape), None
+        axes = [1, *range(3, values.ndim)]
+        num_values = values.shape[1] * values[0, 0, 0].numel()
+        if num_values < 2:
+            raise ValueError(
+                f"batch normalisation in training needs two or more samples per episode, got {num_values}"
+                + (f"; {hint}" if hint else "")
+            )
+        variance, mean = torch.var_mean(values, dim=axes, correction=0)  # (E, U)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        each = (values.shape[0], *shape[1:])
+        normalized = (values - mean.reshape(each)) * scale.reshape(each) + self.bias.reshape(shape)
+        unbiased = variance.detach() * (num_values / (num_values - 1))
+        return normalized, BatchMoments(mean.detach(), unbiased)
+
+    @torch.no_grad()
+    def update(self, uses: Sequence[BatchMoments | None]) -> None:
+        """Add the statistics of one call to the running ones: episode by episode, the uses of each in their order.
+
+        Args:
+            uses: one entry per use, each over the same E episodes; None (evaluation) counts for nothing.
+        """
+        taken = [use for use in uses if use is not None]
+        if not taken:
+            return
+        num_episodes = taken[0].mean.shape[0]
+        means = torch.stack([use.mean for use in taken], dim=1).reshape(-1, self.weight.numel())
+        variances = torch.stack([use.variance for use in taken], dim=1).reshape(-1, self.weight.numel())
+        for mean, variance in zip(means, variances, strict=True):
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
+        self.num_batches_tracked += num_episodes * len(taken)
