@@ -405,10 +405,22 @@ def plan_command(as_json: bool, **options: Any) -> None:
 @click.argument("recipe")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run; default: runs/RECIPE.")
 @click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
+@click.option(
+    "--heads",
+    metavar="A,B,C",
+    help="Train these heads (or `all`) on one pass of the cache, each a run below --out; --set heads.NAME.key=value is for one of them.",
+)
 @_device
 @_set
-def train(recipe: str, out: Path | None, resume: bool, device: str, overrides: tuple[str, ...]) -> None:
+def train(
+    recipe: str, out: Path | None, resume: bool, heads: str | None, device: str, overrides: tuple[str, ...]
+) -> None:
     """Stage 2, or end to end: train as RECIPE says (a TOML file, or the name of one that ships)."""
+    if heads is not None:
+        from pipeline.train_heads import train_heads
+
+        train_heads(recipe, heads, out, resume, device, overrides)
+        return
     from pipeline.train_command import train_recipe
 
     train_recipe(recipe, out, resume, device, overrides)
@@ -438,6 +450,30 @@ def evaluate(**options: Any) -> None:
         _print_json(result)
     else:
         click.echo(line)
+
+
+@mastaf.group()
+def bench() -> None:
+    """Speed and FLOPs, against named baselines."""
+
+
+@bench.command("compute")
+@click.option("--frames", default="8,10,12,14,16", show_default=True, help="Numbers of frames.")
+@click.option("--shots", "k_shot", default=1, show_default=True, type=click.IntRange(min=1))
+@click.option("--size", "crop_size", default=224, show_default=True, type=click.IntRange(min=32), help="Pixels.")
+@click.option(
+    "--repeats", default=3, show_default=True, type=click.IntRange(min=0), help="Timed episodes each; 0: count only."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for compute.json, compute.csv and compute.png.")
+@_device
+@_json
+def bench_compute(as_json: bool, **options: Any) -> None:
+    """FLOPs and time of an episode with TRX, MASTAF-TSN and MASTAF-R3D by frames (MASTAF paper, Figures 4 and 5)."""
+    from pipeline.compute_figure import bench_compute as run
+
+    result = run(**options)
+    if as_json:
+        _print_json(result)
 
 
 @mastaf.command("list")

@@ -22,6 +22,11 @@ from pipeline.model import ClipEncoder, FewShotModel, cube_shape, describe_backb
 from pipeline.settings import SetupError, open_configured_store, with_settings_of
 from pipeline.sources import CachedCubes, LiveClips
 
+OWN_TRAINING = frozenset(
+    {"optimizer", "learning_rate", "momentum", "weight_decay", "schedule", "query_reduction", "seed", "initial_weights"}
+)
+"""Keys of ``[training]`` in which heads that train on one pass of the data may differ."""
+
 
 @dataclass(frozen=True, slots=True)
 class Workplace:
@@ -120,7 +125,7 @@ def prepare(
         config: as the user gave it; the workplace holds it with paths made absolute and, on the cache, with the store's settings.
         device: where the model runs.
         checkpoint: of the run to resume; its backbone is rebuilt without the file that it once started from.
-        beside: a workplace on the cache that this one shares its data with; configs may differ in ``[head]`` alone.
+        beside: a workplace on the cache that this one shares its data with; configs may differ in ``[head]`` and `OWN_TRAINING`.
     """
     published = HEADS[config.head.name].query_reduction
     if config.training.query_reduction is None:
@@ -154,9 +159,14 @@ def _prepare_beside(config: RunConfig, device: torch.device, first: Workplace) -
             "several heads in one go train on the cache only: end to end each would need a backbone of its own. "
             'Set training.mode = "cached", or train them one by one.'
         )
-    # The first config has its paths made absolute and the store's settings; only the head is this one's own.
-    training = first.config.training.model_copy(update={"query_reduction": config.training.query_reduction})
-    config = first.config.model_copy(update={"head": config.head, "training": training})
+    theirs, ours = first.config.training.model_dump(), config.training.model_dump()
+    differing = [key for key in theirs if theirs[key] != ours[key] and key not in OWN_TRAINING]
+    if differing:
+        raise SetupError(
+            f"heads that train together share training.{differing[0]}, but it is {theirs[differing[0]]!r} and {ours[differing[0]]!r}."
+        )
+    # The first config has its paths made absolute and the store's settings; only head and training are this one's own.
+    config = first.config.model_copy(update={"head": config.head, "training": config.training})
     if config.head.array != first.source.array:
         raise SetupError(
             f"several heads in one go read one array, but head.array is {first.source.array!r} and {config.head.array!r}."

@@ -116,7 +116,7 @@ def train_together(
     """Train several heads on one pass of the same episodes; each run is what `train` alone would make of it.
 
     Args:
-        runs: resolved config and folder of each; configs may differ in ``[head]`` alone, and on the cache only.
+        runs: resolved config and folder of each; configs may differ in ``[head]`` and `OWN_TRAINING`, several on the cache only.
         device: where the models are.
         resume: go on from each folder's last.pt, each from its own position.
         report: called with the folder and every line that goes to its metrics.jsonl.

@@ -1,0 +1,123 @@
+"""Several heads on one pass of the data: each run is the one that it would be alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cache.open import open_store
+from configs.load import ConfigError, to_toml
+from configs.schema import RunConfig
+from contracts.world import World
+from extract.build import build_backbone
+from pipeline.checkpoint import load_checkpoint
+from pipeline.extraction import build_spec, extract_videos, video_sources
+from pipeline.interrupts import Stopped
+from pipeline.settings import SetupError
+from pipeline.train_heads import head_configs, train_heads
+from pipeline.training import train, train_together
+
+CPU = torch.device("cpu")
+HEADS = ("mastaf", "neighbor", "cross")
+
+
+@pytest.fixture(scope="module")
+def recipe(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("heads")
+    config = world.config(f'store.path="{folder / "cubes.zarr"}"', "head.alpha=0.5")
+    backbone = build_backbone(config.backbone, config.sampling)
+    spec = build_spec(config, backbone, CPU)
+    with open_store(folder / "cubes.zarr", spec=spec, mode="a", shard_rows=8) as store:
+        extract_videos(store, list(video_sources(world.manifest).values()), backbone, config, CPU)
+    path = folder / "recipe.toml"
+    path.write_text(to_toml(config))
+    return path
+
+
+def model_of(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_checkpoint(folder / "last.pt")["model"])
+
+
+def assert_same_runs(first: Path, second: Path) -> None:
+    ours, theirs = model_of(first), model_of(second)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+    assert (first / "metrics.jsonl").read_text() == (second / "metrics.jsonl").read_text()
+    assert (first / "config.toml").read_text() == (second / "config.toml").read_text()
+
+
+def together(recipe: Path, folder: Path, *overrides: str) -> dict[str, RunConfig]:
+    configs = head_configs(recipe, HEADS, overrides)
+    train_together([(config, folder / name) for name, config in configs.items()], CPU)
+    return configs
+
+
+def test_each_head_is_what_it_would_be_alone(recipe: Path, tmp_path: Path) -> None:
+    own = ("heads.cross.training.learning_rate=0.5", "heads.cross.tau=0.1")
+    for name, config in together(recipe, tmp_path / "together", *own).items():
+        train(config, tmp_path / "alone" / name, CPU)
+        assert_same_runs(tmp_path / "alone" / name, tmp_path / "together" / name)
+    configs = head_configs(recipe, HEADS, own)
+    assert configs["cross"].training.learning_rate == 0.5
+    assert configs["cross"].head.options["tau"] == 0.1
+    assert configs["neighbor"].training.learning_rate == configs["mastaf"].training.learning_rate == 0.01
+
+
+def test_the_recipes_options_are_those_of_its_own_head(recipe: Path) -> None:
+    configs = head_configs(recipe, HEADS, ())
+    assert configs["mastaf"].head.options["alpha"] == 0.5
+    assert configs["cross"].head.options == configs["neighbor"].head.options == {}
+
+
+def test_stopped_heads_go_on_each_from_its_own_position(recipe: Path, tmp_path: Path) -> None:
+    configs = together(recipe, tmp_path / "whole")
+    runs = [(config, tmp_path / "cut" / name) for name, config in configs.items()]
+
+    def stop_at_once(run: Path, line: Mapping[str, Any]) -> None:
+        if run.name == "neighbor" and line["kind"] == "step" and line["episode"] == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        train_together(runs, CPU, report=stop_at_once)
+    # One of them further than the others, as after a kill between two saves.
+    train(configs["cross"], tmp_path / "cut/cross", CPU, resume=True)
+    train_together(runs, CPU, resume=True)
+    for name in configs:
+        assert_same_runs(tmp_path / "whole" / name, tmp_path / "cut" / name)
+
+
+def test_command_writes_a_run_for_each_head(recipe: Path, tmp_path: Path) -> None:
+    cards = train_heads(str(recipe), "neighbor, self", tmp_path / "runs", False, "cpu", ("training.episodes=3",))
+    assert [card["head"] for card in cards] == ["neighbor", "self"]
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"neighbor", "self"}
+
+
+@pytest.mark.parametrize(
+    ("heads", "overrides", "message"),
+    [
+        ("mastaf,nieghbor", (), "no head 'nieghbor'; the heads are mastaf"),
+        ("mastaf,self,mastaf", (), "'mastaf' twice"),
+        ("mastaf,self", ("head.tau=1",), "say which one: heads.NAME.tau=1"),
+        ("mastaf,self", ("heads.cross.tau=1",), "'cross' is none of the heads"),
+        ("mastaf,self", ("heads.self.training.episodes=9",), "differ in .*learning_rate"),
+        ("mastaf,self", ("training.mode=end_to_end",), "on the cache only"),
+    ],
+)
+def test_what_cannot_train_together_is_refused(
+    recipe: Path, tmp_path: Path, heads: str, overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(SetupError, match=message):
+        train_heads(str(recipe), heads, tmp_path, False, "cpu", overrides)
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_option_that_the_head_does_not_have_is_refused_by_name(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="head 'self' has no option 'taau'"):
+        train_heads(str(recipe), "mastaf,self", tmp_path, False, "cpu", ("heads.self.taau=1",))
