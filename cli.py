@@ -476,16 +476,70 @@ def bench_compute(as_json: bool, **options: Any) -> None:
         _print_json(result)
 
 
+@mastaf.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--split", help="train, val or test; default: evaluation.split of the runs.")
+@click.option("--episodes", type=click.IntRange(min=2), help="Default: evaluation.episodes of the runs.")
+@click.option("--shots", type=click.IntRange(min=1), help="Another k_shot than the runs were trained with.")
+@click.option("--queries", type=click.IntRange(min=1), help="Another n_query than the runs were trained with.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of the episodes; default: evaluation.seed of the runs.")
+@click.option("--store", "store_path", help="Score all runs on this store instead of their own.")
+@click.option("--manifest", type=click.Path(exists=True, dir_okay=False), help="Another manifest for all runs.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for compare.json, .csv, .png and episodes.npz.")
+@_device
+@_json
+def compare(**options: Any) -> None:
+    """Score RUNS on the same episodes: accuracy, paired difference to the first run, intervals, cost of the heads.
+
+    Runs that differ in nothing but seeds also get a row with their mean. docs/compare.md explains every number.
+    """
+    from pipeline.compare_command import compare_folders
+
+    as_json = options.pop("as_json")
+    report, text = compare_folders(**options)
+    if as_json:
+        _print_json(report)
+    else:
+        click.echo(text)
+
+
+@mastaf.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--split", help="train, val or test; default: evaluation.split of the run.")
+@click.option(
+    "--episode", default=0, show_default=True, type=click.IntRange(min=0), help="Of those that evaluate draws."
+)
+@click.option("--query", type=click.IntRange(min=0), help="Draw this query only, from 0; default: all.")
+@click.option("--store", "store_path", help="Read the cubes from this store instead of the run's own source.")
+@click.option("--manifest", type=click.Path(exists=True, dir_okay=False), help="Another manifest of the same videos.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write; default: RUN/maps/SPLIT_EPISODE.")
+@click.option("--gif", "with_gifs", is_flag=True, help="Write GIFs beside the PNGs.")
+@_device
+@_json
+def maps(as_json: bool, **options: Any) -> None:
+    """Draw what the head of RUN sees in one episode (attention, alignments, ...) over the frames of its videos."""
+    from pipeline.maps_command import draw_run_maps
+
+    record, written = draw_run_maps(**options)
+    if as_json:
+        _print_json(record)
+    else:
+        click.echo("\n".join(str(path) for path in written))
+
+
 @mastaf.command("list")
 @click.argument("what", type=click.Choice(["backbones", "heads", "datasets", "recipes"]))
+@click.argument("name", required=False)
 @_json
-def list_command(what: str, as_json: bool) -> None:
-    """What there is to choose from."""
-    rows = _LISTS[what]()
+def list_command(what: str, name: str | None, as_json: bool) -> None:
+    """What there is to choose from; `mastaf list heads NAME` shows that head's options with their defaults."""
+    if name is not None and what != "heads":
+        raise click.UsageError(f"only heads have options to list; `mastaf list {what}` takes no name, got {name!r}.")
+    rows = _LISTS[what]() if name is None else _list_options(name)
     if as_json:
         _print_json(rows)
         return
-    width = max(len(row["name"]) for row in rows)
+    width = max((len(row["name"]) for row in rows), default=0)
     for row in rows:
         click.echo(f"{row['name']:<{width}}  {row['description']}")
 
@@ -499,7 +553,22 @@ def _list_backbones() -> list[dict[str, str]]:
 def _list_heads() -> list[dict[str, str]]:
     from episodes.build import HEADS
 
-    return [{"name": name, "description": entry.description} for name, entry in HEADS.items()]
+    mark = {True: " Experimental.", False: ""}
+    return [
+        {"name": name, "description": entry.description + mark[entry.is_experimental]} for name, entry in HEADS.items()
+    ]
+
+
+def _list_options(head: str) -> list[dict[str, str]]:
+    from episodes.build import HEADS, head_config
+
+    defaults = head_config(head, {}).model_dump(mode="json")
+    fields = HEADS[head].config.model_fields
+    return [
+        {"name": f"head.{key} = {json.dumps(defaults[key])}", "description": " ".join((field.description or "").split())}
+        for key, field in fields.items()
+        if key not in HEADS[head].fixed
+    ]
 
 
 def _list_datasets() -> list[dict[str, str]]:

@@ -11,8 +11,32 @@ import torch
 from pydantic import ValidationError
 
 from episodes.head import HeadInputs, HeadModule, HeadOptions
+from episodes.heads.arn import ArnConfig, ArnHead
+from episodes.heads.baseline import BaselineHead, BaselineOptions
+from episodes.heads.bi_mhm import BiMhmConfig, BiMhmHead
+from episodes.heads.cmn import ORDER_REASON as CMN_ORDER_REASON
+from episodes.heads.cmn import CmnConfig, CmnHead
+from episodes.heads.feat import FeatHead, FeatOptions
 from episodes.heads.mastaf import MastafHead
 from episodes.heads.mastaf_config import MastafConfig
+from episodes.heads.matchingnet import ORDER_REASON as MATCHINGNET_ORDER_REASON
+from episodes.heads.matchingnet import MatchingnetHead, MatchingnetOptions
+from episodes.heads.otam import OtamConfig, OtamHead
+from episodes.heads.pal import PalHead, PalOptions
+from episodes.heads.protogan import ProtoganConfig, ProtoganHead
+from episodes.heads.protonet import ProtonetHead, ProtonetOptions
+from episodes.heads.set_matching import (
+    ChamferConfig,
+    ChamferHead,
+    DiagonalHead,
+    MatchingConfig,
+    MaxConfig,
+    MaxHead,
+)
+from episodes.heads.strm import StrmConfig, StrmHead
+from episodes.heads.ta2n import TA2NHead, TA2NOptions
+from episodes.heads.trx import TrxConfig, TrxHead
+from episodes.heads.tsn_mean import TsnMeanHead, TsnMeanOptions
 from episodes.losses import QueryReduction
 
 
@@ -49,6 +73,89 @@ HEADS: dict[str, HeadEntry] = {
         "Query and prototype attend to each other only (MASTAF-Cross).",
         fixed={"self_attention": False, "cross_attention": True},
     ),
+    "protonet": HeadEntry("Squared distance (or cosine) to the mean of each class.", ProtonetOptions, ProtonetHead),
+    "tsn_mean": HeadEntry(
+        "Mean cosine to the shots of each class, frames averaged (TSN++).", TsnMeanOptions, TsnMeanHead
+    ),
+    "matchingnet": HeadEntry(
+        "Every support votes for its class by its cosine, with or without full context embedding.",
+        MatchingnetOptions,
+        MatchingnetHead,
+        order_reason=MATCHINGNET_ORDER_REASON,
+    ),
+    "baseline": HeadEntry(
+        "A linear classifier trained on the supports of each episode.",
+        BaselineOptions,
+        BaselineHead,
+        fixed={"classifier": "linear"},
+    ),
+    "baseline++": HeadEntry(
+        "A cosine classifier trained on the supports of each episode.",
+        BaselineOptions,
+        BaselineHead,
+        fixed={"classifier": "cosine"},
+    ),
+    "feat": HeadEntry("Prototypes adapt to each other by self-attention (FEAT).", FeatOptions, FeatHead),
+    "pal": HeadEntry(
+        "Supports and queries attend to the supports; prototypes are contrasted with the queries (PAL).",
+        PalOptions,
+        PalHead,
+    ),
+    "arn": HeadEntry(
+        "Second-order pooling under spatial attention and a relation network on pairs (ARN).",
+        ArnConfig,
+        ArnHead,
+        is_experimental=True,
+    ),
+    "cmn": HeadEntry(
+        "The nearest key of a compound memory of the supports (CMN).",
+        CmnConfig,
+        CmnHead,
+        is_experimental=True,
+        order_reason=CMN_ORDER_REASON,
+    ),
+    "protogan": HeadEntry(
+        "A classifier on real features and on those that a prototype-conditioned GAN adds (ProtoGAN).",
+        ProtoganConfig,
+        ProtoganHead,
+        is_experimental=True,
+    ),
+    "trx": HeadEntry(
+        "Ordered tuples of query frames against mixtures of each class's tuples.",
+        TrxConfig,
+        TrxHead,
+        query_reduction="sum",
+    ),
+    "strm": HeadEntry(
+        "Patches and frames enriched by their neighbours, then tuples of frames as in trx.",
+        StrmConfig,
+        StrmHead,
+        query_reduction="sum",
+    ),
+    "ta2n": HeadEntry(
+        "Warps each video in time, then moves attended regions of query and class towards each other, frame by frame.",
+        TA2NOptions,
+        TA2NHead,
+        query_reduction="sum",
+        order_reason="the first shot of a class is the one that its other shots are laid onto",
+    ),
+    "otam": HeadEntry(
+        "Cheapest ordered alignment of query and support frames, soft or hard, in both directions.",
+        OtamConfig,
+        OtamHead,
+    ),
+    "bi_mhm": HeadEntry(
+        "Each frame's distance to the nearest frame of the other video (HyRSM), with the hybrid relation module as an option.",
+        BiMhmConfig,
+        BiMhmHead,
+    ),
+    "chamfer": HeadEntry(
+        "Each tuple of frames finds its best match among all shots of the class, and the other way round (Chamfer++).",
+        ChamferConfig,
+        ChamferHead,
+    ),
+    "max": HeadEntry("The most similar pair of frames speaks for the video.", MaxConfig, MaxHead),
+    "diagonal": HeadEntry("Frames are compared with those at the same time step.", MatchingConfig, DiagonalHead),
 }
 
 

@@ -40,12 +40,15 @@ class EpisodeBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(num_features))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
 
-    def normalize(self, values: Tensor, hint: str = "") -> tuple[Tensor, BatchMoments | None]:
+    def normalize(
+        self, values: Tensor, hint: str = "", is_counted: Tensor | None = None
+    ) -> tuple[Tensor, BatchMoments | None]:
         """Normalise the channels of each episode over its samples and whatever axes follow the channels.
 
         Args:
             values: (E, M, U, ...).
             hint: what to do, for the error of an episode with a single value per channel.
+            is_counted: (E, M) bool, the samples that batch statistics are made of (not padding); None: all.
 
         Returns:
             The normalised values, and the statistics they were normalised with when training.
@@ -64,12 +67,20 @@ class EpisodeBatchNorm(nn.Module):
                 f"batch normalisation in training needs two or more samples per episode, got {num_values}"
                 + (f"; {hint}" if hint else "")
             )
-        variance, mean = torch.var_mean(values, dim=axes, correction=0)  # (E, U)
-        scale = self.weight * torch.rsqrt(variance + self.eps)
         each = (values.shape[0], *shape[1:])
+        if is_counted is None:
+            variance, mean = torch.var_mean(values, dim=axes, correction=0)  # (E, U)
+            correction: float | Tensor = num_values / (num_values - 1)
+        else:
+            counted = is_counted.to(values.dtype)
+            counted = counted.reshape(*counted.shape, *[1] * (values.ndim - 2))
+            counts = counted.flatten(1).sum(dim=1, keepdim=True) * (num_values / values.shape[1])  # (E, 1)
+            mean = (values * counted).sum(dim=axes) / counts
+            variance = ((values - mean.reshape(each)).square() * counted).sum(dim=axes) / counts
+            correction = counts / (counts - 1.0)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
         normalized = (values - mean.reshape(each)) * scale.reshape(each) + self.bias.reshape(shape)
-        unbiased = variance.detach() * (num_values / (num_values - 1))
-        return normalized, BatchMoments(mean.detach(), unbiased)
+        return normalized, BatchMoments(mean.detach(), variance.detach() * correction)
 
     @torch.no_grad()
     def update(self, uses: Sequence[BatchMoments | None]) -> None:

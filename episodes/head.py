@@ -36,7 +36,7 @@ class HeadOutput:
 class HeadOptions(BaseModel):
     """The knobs of a head: a pydantic model with a docstring under every field. This one has none."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     def without_effect(self) -> dict[str, str]:
         """Options that change no number as the others are set, each with the reason; giving one is an error."""

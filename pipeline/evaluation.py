@@ -1,23 +1,40 @@
-"""Score a model on fixed episodes: mean accuracy with its 95 % interval, and the hashes that say on what.
+"""Score models on fixed episodes: mean accuracy with its 95 % interval, and the hashes that say on what.
 
 E episodes, S supports, Q queries, N classes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from episodes.batch import EpisodeBatch
 from episodes.sampler import Episode, EpisodeSampler, draw_noise_seed, episode_hash
 from pipeline.model import FewShotModel
 from pipeline.sources import Source, assemble
+from pipeline.statistics import mean_and_interval
 
 # Inputs of one forward pass; larger gains nothing on a CPU and episodes are independent, so this changes no number.
 BATCH_BYTES = 128 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class QueryOutcomes:
+    """What became of every query, for statistics over classes."""
+
+    is_right: npt.NDArray[np.bool_]
+    """(E, Q) whether the query got its own class."""
+    query_classes: npt.NDArray[np.int64]
+    """(E, Q) class of the query, a place in `class_names`."""
+    episode_classes: npt.NDArray[np.int64]
+    """(E, N) the classes of each episode, places in `class_names`."""
+    class_names: tuple[str, ...]
+    """(C,) the classes that the episodes drew, sorted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +50,11 @@ class Accuracy:
     """SHA-256 over the ids and labels of the episodes."""
     per_episode: tuple[float, ...]
     """Accuracy of each episode, for paired comparisons."""
+    outcomes: QueryOutcomes | None = field(default=None, compare=False, repr=False)
+    """Each query by itself."""
 
     def __str__(self) -> str:
         return f"{100 * self.accuracy:.2f} ± {100 * self.interval95:.2f} %"
-
-
-def mean_and_interval(per_episode: Sequence[float]) -> tuple[float, float]:
-    """Mean and half width of the 95 % interval of per-episode accuracies."""
-    values = np.asarray(per_episode, dtype=np.float64)
-    return float(values.mean()), float(1.96 * values.std() / math.sqrt(len(values)))
 
 
 def evaluate_model(
@@ -62,26 +75,84 @@ def evaluate_model(
         device: where the model runs.
         on_progress: called with (episodes done, episodes in all).
     """
-    was_training = model.training
-    model.eval()
+    return evaluate_models([model], source, sampler, num_episodes, device, on_progress)[0]
+
+
+def evaluate_models(
+    models: Sequence[FewShotModel],
+    source: Source,
+    sampler: EpisodeSampler,
+    num_episodes: int,
+    device: torch.device,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Accuracy]:
+    """As `evaluate_model`, for several models on one pass: each batch is read once and scored by all of them.
+
+    Returns:
+        One accuracy for each model, in their order; each is what `evaluate_model` gives.
+    """
     source.check(sampler.video_ids, [0])
-    per_episode: list[float] = []
+    answers: list[list[npt.NDArray[np.bool_]]] = [[] for _ in models]
     drawn: list[Episode] = []
     batch_size = 1
-    with torch.no_grad():
+    with evaluating(models), torch.no_grad():
         while len(drawn) < num_episodes:
             episodes = [
                 sampler.episode(index) for index in range(len(drawn), min(len(drawn) + batch_size, num_episodes))
             ]
-            seeds = [draw_noise_seed(sampler.split_hash, sampler.seed, episode.index) for episode in episodes]
-            per_episode += _score(model, source, episodes, seeds, device)
+            batch = evaluation_batch(source, sampler, episodes).to(device)
+            for model, answered in zip(models, answers, strict=True):
+                answered.append(_is_right(model, batch))
             drawn += episodes
             if batch_size == 1:
                 batch_size = episodes_per_batch(source, episodes[0])
             on_progress(len(drawn), num_episodes)
-    model.train(was_training)
+    digest = episode_hash(drawn)
+    return [_accuracy(drawn, digest, np.concatenate(answered)) for answered in answers]
+
+
+@contextmanager
+def evaluating(models: Sequence[FewShotModel]) -> Iterator[None]:
+    """Models in evaluation mode; each gets its own mode back."""
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
+
+
+def evaluation_batch(source: Source, sampler: EpisodeSampler, episodes: Sequence[Episode]) -> EpisodeBatch:
+    """The tensors of episodes of a sampler in the evaluation view, with the seeds of what a head may draw."""
+    num_supports, num_queries = len(episodes[0].support_ids), len(episodes[0].query_ids)
+    return assemble(
+        episodes,
+        source,
+        np.zeros((len(episodes), num_supports), dtype=np.int64),
+        np.zeros((len(episodes), num_queries), dtype=np.int64),
+        seeds=[draw_noise_seed(sampler.split_hash, sampler.seed, episode.index) for episode in episodes],
+    )
+
+
+def _is_right(model: FewShotModel, batch: EpisodeBatch) -> npt.NDArray[np.bool_]:
+    logits = model(batch).logits  # (E, Q, N)
+    assert batch.query_labels is not None
+    return np.asarray((logits.argmax(dim=-1) == batch.query_labels).cpu().numpy())
+
+
+def _accuracy(episodes: Sequence[Episode], digest: str, is_right: npt.NDArray[np.bool_]) -> Accuracy:
+    class_names = tuple(sorted({name for episode in episodes for name in episode.class_names}))
+    place_of = {name: place for place, name in enumerate(class_names)}
+    episode_classes = np.array([[place_of[name] for name in episode.class_names] for episode in episodes])
+    query_labels = np.array([episode.query_labels for episode in episodes])
+    outcomes = QueryOutcomes(
+        is_right, np.take_along_axis(episode_classes, query_labels, axis=1), episode_classes, class_names
+    )
+    per_episode = is_right.mean(axis=1)
     accuracy, interval95 = mean_and_interval(per_episode)
-    return Accuracy(accuracy, interval95, num_episodes, episode_hash(drawn), tuple(per_episode))
+    return Accuracy(accuracy, interval95, len(episodes), digest, tuple(per_episode.tolist()), outcomes)
 
 
 def episodes_per_batch(source: Source, episode: Episode) -> int:
@@ -91,20 +162,3 @@ def episodes_per_batch(source: Source, episode: Episode) -> int:
     item_bytes = one.numel() * (1 if one.dtype == torch.uint8 else 4)
     videos = len(episode.support_ids) + len(episode.query_ids)
     return max(1, min(256, BATCH_BYTES // (item_bytes * videos)))
-
-
-def _score(
-    model: FewShotModel, source: Source, episodes: list[Episode], seeds: list[int], device: torch.device
-) -> list[float]:
-    num_supports, num_queries = len(episodes[0].support_ids), len(episodes[0].query_ids)
-    batch = assemble(
-        episodes,
-        source,
-        np.zeros((len(episodes), num_supports), dtype=np.int64),
-        np.zeros((len(episodes), num_queries), dtype=np.int64),
-        seeds=seeds,
-    ).to(device)
-    logits = model(batch).logits  # (E, Q, N)
-    assert batch.query_labels is not None
-    right = (logits.argmax(dim=-1) == batch.query_labels).double().mean(dim=1)
-    return [float(value) for value in right.cpu()]

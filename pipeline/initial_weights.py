@@ -1,29 +1,75 @@
-"""Where a run starts from when it does not start from scratch: a checkpoint of ours, or a published STAF one."""
+"""Where a run starts from when it does not start from scratch: a checkpoint of ours, or a published one (`FORMATS`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from episodes.head import HeadModule
 from episodes.heads.mastaf import MastafHead
 from episodes.heads.staf_checkpoint import load_staf_head, split_staf_state
+from episodes.heads.strm import StrmHead
+from episodes.heads.ta2n import TA2NHead
+from episodes.heads.ta2n_checkpoint import load_ta2n_head
+from episodes.heads.trx import TrxHead
+from episodes.heads.trx_checkpoint import load_trx_head
+from extract.backbones.r3d import published_state_dict as r3d_trunk
+from extract.backbones.tsn import published_state_dict as tsn_trunk
 from extract.weights import copy_weights
 from pipeline.checkpoint import FORMAT, CheckpointError, load_weights
 from pipeline.model import ClipEncoder, FewShotModel
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedFormat:
+    """A kind of checkpoint that a released code writes: a head and its backbone in one file."""
+
+    name: str
+    """The code, for messages."""
+    marks: tuple[str, ...]
+    """Beginnings of tensor names (without `module.`) that tell this kind from those after it in `FORMATS`."""
+    head: type[HeadModule]
+    """The head that takes it."""
+    head_name: str
+    """That head's name in a config."""
+    load_head: Callable[[Any, Mapping[str, Any]], None]
+    """Copies the head's part of a file's content; a ValueError where it does not fit."""
+    trunk: Callable[[Mapping[str, Any], Path], Mapping[str, Tensor]]
+    """The backbone's part of a file's content, by our backbone's own names."""
+    backbone: str
+    """The published backbone's name here."""
+
+    def is_kind_of(self, names: list[str]) -> bool:
+        """Whether a file with tensors of these names is of this kind."""
+        return any(name.startswith(self.marks) for name in names)
+
+
+def _load_staf(head: MastafHead, content: Mapping[str, Any]) -> None:
+    load_staf_head(head, split_staf_state(content))
+
+
+FORMATS: list[PublishedFormat] = [
+    PublishedFormat("STAF", ("cam.", "base."), MastafHead, "mastaf", _load_staf, r3d_trunk, "r3d50"),
+    PublishedFormat("STRM", ("attn_pat.", "fr_enrich."), StrmHead, "strm", load_trx_head, tsn_trunk, "tsn_resnet50"),
+    PublishedFormat("TRX", ("transformers.",), TrxHead, "trx", load_trx_head, tsn_trunk, "tsn_resnet50"),
+    PublishedFormat("TA2N", ("align.",), TA2NHead, "ta2n", load_ta2n_head, tsn_trunk, "tsn_resnet50"),
+]
+"""The published kinds, tried in this order."""
 
 
 def load_initial_weights(model: FewShotModel, path: Path) -> None:
     """Copy a checkpoint into a model.
 
     A checkpoint of ours gives the parts that the model has: an end-to-end run's checkpoint also starts a head on the cache. A
-    published STAF checkpoint (reference 1.5) gives the head, and the backbone where the model has one.
+    published one (`FORMATS`) gives the head, and the backbone where the model has one.
 
     Raises:
-        CheckpointError: unreadable, or a part of the model is missing in it or has another shape.
-        ValueError: a STAF checkpoint that does not fit the head or the backbone.
+        CheckpointError: unreadable, of no known kind, or a part of the model is missing in it or has another shape.
+        ValueError: a published checkpoint that does not fit the head or the backbone.
     """
     content = load_weights(path)
     if not isinstance(content, Mapping):
@@ -31,7 +77,7 @@ def load_initial_weights(model: FewShotModel, path: Path) -> None:
     if content.get("format") == FORMAT and "model" in content:
         _load_ours(model, content["model"], path)
     else:
-        _load_staf(model, content, path)
+        _load_published(model, content, path)
 
 
 def _load_ours(model: FewShotModel, state: Mapping[str, Tensor], path: Path) -> None:
@@ -46,12 +92,27 @@ def _load_ours(model: FewShotModel, state: Mapping[str, Tensor], path: Path) -> 
     model.load_state_dict({name: state[name] for name in own})
 
 
-def _load_staf(model: FewShotModel, content: Mapping[str, Any], path: Path) -> None:
-    checkpoint = split_staf_state(content)
-    if not isinstance(model.head, MastafHead):
-        raise CheckpointError(f"{path} is a STAF checkpoint, but the head is {type(model.head).__name__}, not mastaf.")
-    load_staf_head(model.head, checkpoint)
+def _load_published(model: FewShotModel, content: Mapping[str, Any], path: Path) -> None:
+    kind = _kind_of(content, path)
+    if not isinstance(model.head, kind.head):
+        raise CheckpointError(
+            f'{path} is a {kind.name} checkpoint, but the head is {type(model.head).__name__}; set head.name = "{kind.head_name}".'
+        )
+    kind.load_head(model.head, content)
     if isinstance(model.encoder, ClipEncoder):
-        # The published file carries the backbone's unused classifier along.
-        trunk = {name: value for name, value in checkpoint.backbone.items() if not name.startswith("fc.")}
-        copy_weights(model.encoder.backbone, trunk, str(path), ". The published backbone is r3d50.")
+        hint = f". The published backbone is {kind.backbone}."
+        copy_weights(model.encoder.backbone, kind.trunk(content, path), str(path), hint)
+
+
+def _kind_of(content: Mapping[str, Any], path: Path) -> PublishedFormat:
+    inner = content.get("model_state_dict")
+    state = inner if isinstance(inner, Mapping) else content
+    names = [str(name).replace("module.", "") for name in state]
+    for kind in FORMATS:
+        if kind.is_kind_of(names):
+            return kind
+    known = ", ".join(kind.name for kind in FORMATS)
+    raise CheckpointError(
+        f"{path} is no checkpoint that a run can start from: its tensors begin with {names[:3]}. A run starts from a run of "
+        f"ours, or from a published checkpoint of {known}. Weights of a backbone alone are given as [backbone] weights."
+    )

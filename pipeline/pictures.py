@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -21,15 +20,18 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from pipeline.strips import (
     DOTS_PER_INCH,
     GRID,
-    HEAT,
     INK,
     MUTED,
     Page,
+    StripRow,
     check_frames,
+    doublings,
     join_frames,
     overlay_heat,
     pick_frames,
     save_figure,
+    shared_scale,
+    strip_page,
     upsample_attention,
 )
 
@@ -39,8 +41,6 @@ GROUP_COLOURS = ("#1d5c9f", "#b7791f", "#b4432f", "#4b7f52")
 CHANCE_COLOUR = "#b4432f"
 _COLUMN_WIDTH, _ROW_HEIGHT, _NAME_WIDTH = 7.6, 0.69, 2.35
 """Of the contact sheet, inches."""
-_STRIP_GAP = 0.06
-"""Between a strip and its heat map, inches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,50 +168,21 @@ def attention_over_frames(rows: Sequence[AttentionRow], path: Path, title: str =
     """
     if not rows:
         raise ValueError("the attention picture needs one row or more")
-    doublings = [None if row.attention is None else _doublings(row.attention) for row in rows]
-    norm = _shared_scale([each for each in doublings if each is not None])
-    strips = [_strips_of(row.frames, each, norm, num_steps) for row, each in zip(rows, doublings, strict=True)]
-    width = 9.6
-    strip_heights = [(width - 0.4) * pair[0].shape[0] / pair[0].shape[1] + _STRIP_GAP for pair in strips]
-    top, foot, head = (0.62 if title else 0.12), 0.85, 0.32
-    height = top + foot + sum(head + len(pair) * each for pair, each in zip(strips, strip_heights, strict=True))
-    page = Page(Figure(figsize=(width, height), dpi=DOTS_PER_INCH))
-    if title:
-        page.text(0.2, height - 0.32, title, fontsize=13, weight="bold")
-    edge = height - top
-    for row, pair, strip_height in zip(rows, strips, strip_heights, strict=True):
-        page.text(0.2, edge - 0.17, row.title, fontsize=10.5, weight="bold")
-        edge -= head
-        for strip in pair:
-            edge -= strip_height
-            page.picture(0.2, edge + _STRIP_GAP / 2.0, width - 0.4, strip_height - _STRIP_GAP, strip)
-    bar = page.axes(0.4, 0.5, 3.4, 0.14)
-    page.figure.colorbar(ScalarMappable(norm, HEAT), cax=bar, orientation="horizontal")
-    ticks = [power for power in range(-2, 12) if norm(power) >= 0.0 and norm(power) <= 1.0]
-    bar.set_xticks(ticks, [f"{2.0**power:g}×" for power in ticks])
-    bar.tick_params(labelsize=8, colors=MUTED, length=2)
-    bar.set_xlabel("attention, as a multiple of an even spread", fontsize=8.5, color=MUTED)
-    page.text(width - 0.2, 0.57, "time →", fontsize=9, color=MUTED, ha="right")
-    return save_figure(page.figure, path)
+    heats = [None if row.attention is None else doublings(row.attention) for row in rows]
+    norm = shared_scale([each for each in heats if each is not None])
+    strips = [
+        StripRow(row.title, _strips_of(row.frames, heat, norm, num_steps))
+        for row, heat in zip(rows, heats, strict=True)
+    ]
+    return strip_page(strips, path, title, norm)
 
 
-def _doublings(attention: np.ndarray) -> np.ndarray:
-    """How often attention doubled from an even spread; all below a quarter of it counts as a quarter."""
-    return np.asarray(np.log2(np.maximum(attention / attention.mean(), 0.25)))
-
-
-def _shared_scale(doublings: list[np.ndarray]) -> Normalize:
-    # A scale that spans at least 10 % keeps the rounding noise of an even map from looking like a pattern.
-    lowest = min([-0.07, *(float(each.min()) for each in doublings)])
-    return Normalize(lowest, max([0.07, *(float(each.max()) for each in doublings)]))
-
-
-def _strips_of(frames: np.ndarray, doublings: np.ndarray | None, norm: Normalize, num_steps: int) -> list[np.ndarray]:
+def _strips_of(frames: np.ndarray, heat: np.ndarray | None, norm: Normalize, num_steps: int) -> tuple[np.ndarray, ...]:
     shown = pick_frames(frames, num_steps)
-    if doublings is None:
-        return [join_frames(shown)]
-    heat = pick_frames(upsample_attention(doublings, frames.shape[:3]), num_steps)
-    return [join_frames(shown), join_frames(overlay_heat(shown, heat, norm))]
+    if heat is None:
+        return (join_frames(shown),)
+    over_frames = pick_frames(upsample_attention(heat, frames.shape[:3]), num_steps)
+    return (join_frames(shown), join_frames(overlay_heat(shown, over_frames, norm)))
 
 
 def accuracy_bars(rows: Sequence[AccuracyRow], path: Path, chance: float | None = None, title: str = "") -> Figure:

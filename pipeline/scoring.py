@@ -158,7 +158,7 @@ def evaluate_run(
     changes = {key: value for key, value in (("k_shot", k_shot), ("n_query", n_query)) if value is not None}
     config = run.config.model_copy(update={"episodes": run.config.episodes.model_copy(update=changes)})
     manifest = run.manifest
-    _refuse_seen_classes(run, split)
+    refuse_seen_classes(run, split)
     sampler = make_sampler(config, manifest, split)
     scorer = FewShotModel(nn.Identity(), run.model.head).to(device)
     score = evaluate_model(scorer, run.source, sampler, episodes, device, on_progress)
@@ -182,7 +182,7 @@ def evaluate_run(
     return result, score
 
 
-def _refuse_seen_classes(run: LoadedRun, split: str) -> None:
+def refuse_seen_classes(run: LoadedRun, split: str) -> None:
     """A class that the run was trained on, or chosen by, may not be scored as a class of another split."""
     for other in ("train", "val"):
         shared = sorted(set(run.manifest.classes(split)) & set(run.classes[other]))

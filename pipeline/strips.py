@@ -5,18 +5,27 @@ F frames, H W pixels; T time steps, H' W' grid of an attention map.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 DOTS_PER_INCH = 150
 INK, MUTED, GRID = "#20242c", "#6b7280", "#e4e6ea"
 HEAT = "inferno"
+_STRIP_GAP = 0.06
+"""Between a strip and its heat map, inches."""
+_TALLEST_STRIP = 1.6
+"""Inches; a strip of few frames does not fill the width."""
+_MOST_TICKS = 8
+"""Of the bar of colours: more would touch each other."""
 
 
 class Page:
@@ -40,6 +49,62 @@ class Page:
         axes.imshow(pixels, interpolation="lanczos")
         axes.set_anchor("W")
         axes.set_axis_off()
+
+
+@dataclass(frozen=True, slots=True)
+class StripRow:
+    """Strips that belong together, one below the other."""
+
+    title: str
+    strips: tuple[np.ndarray, ...]
+    """(H, W, 3) uint8 each, all of one size."""
+
+
+def strip_page(rows: Sequence[StripRow], path: Path, title: str = "", norm: Normalize | None = None) -> Figure:
+    """Rows of strips under their titles; with the bar of the colours of `doublings` where `norm` gives their scale."""
+    width = 9.6
+    strip_heights = [
+        min(_TALLEST_STRIP, (width - 0.4) * row.strips[0].shape[0] / row.strips[0].shape[1]) + _STRIP_GAP for row in rows
+    ]
+    top, foot, head = (0.62 if title else 0.12), (0.4 if norm is None else 0.85), 0.32
+    height = top + foot + sum(head + len(row.strips) * each for row, each in zip(rows, strip_heights, strict=True))
+    page = Page(Figure(figsize=(width, height), dpi=DOTS_PER_INCH))
+    if title:
+        page.text(0.2, height - 0.32, title, fontsize=13, weight="bold")
+    edge = height - top
+    for row, strip_height in zip(rows, strip_heights, strict=True):
+        page.text(0.2, edge - 0.17, row.title, fontsize=10.5, weight="bold")
+        edge -= head
+        for strip in row.strips:
+            edge -= strip_height
+            page.picture(0.2, edge + _STRIP_GAP / 2.0, width - 0.4, strip_height - _STRIP_GAP, strip)
+    if norm is not None:
+        _heat_bar(page, norm)
+    page.text(width - 0.2, foot - 0.28, "time →", fontsize=9, color=MUTED, ha="right")
+    return save_figure(page.figure, path)
+
+
+def _heat_bar(page: Page, norm: Normalize) -> None:
+    bar = page.axes(0.4, 0.5, 3.4, 0.14)
+    page.figure.colorbar(ScalarMappable(norm, HEAT), cax=bar, orientation="horizontal")
+    powers = [power for power in range(-2, 24) if 0.0 <= norm(power) <= 1.0]
+    ticks = powers[:: -(-len(powers) // _MOST_TICKS)]
+    bar.set_xticks(ticks, [f"{2.0**power:g}×" for power in ticks])
+    bar.tick_params(labelsize=8, colors=MUTED, length=2)
+    bar.set_xlabel("attention, as a multiple of an even spread", fontsize=8.5, color=MUTED)
+
+
+def doublings(attention: np.ndarray) -> np.ndarray:
+    """How often attention doubled from an even spread; all below a quarter of it counts as a quarter."""
+    mean = float(attention.mean())
+    return np.asarray(np.log2(np.maximum(attention / mean, 0.25))) if mean > 0.0 else np.zeros(attention.shape)
+
+
+def shared_scale(heats: Sequence[np.ndarray]) -> Normalize:
+    """One scale of colours for several maps of `doublings`."""
+    # A scale that spans at least 10 % keeps the rounding noise of an even map from looking like a pattern.
+    lowest = min([-0.07, *(float(each.min()) for each in heats)])
+    return Normalize(lowest, max([0.07, *(float(each.max()) for each in heats)]))
 
 
 def check_frames(name: str, frames: np.ndarray) -> None:

@@ -1,7 +1,8 @@
 """Per-frame ResNets: the image network of a temporal segment network (TSN), keeping every frame's last map.
 
 Papers: "Temporal Segment Networks", ECCV 2016, https://arxiv.org/abs/1608.00859; "Deep Residual Learning", CVPR 2016,
-https://arxiv.org/abs/1512.03385. The network itself is torchvision's, so no code was consulted.
+https://arxiv.org/abs/1512.03385. The network itself is torchvision's, so no code was consulted; the names in the checkpoints
+of TRX (https://github.com/tobyperrett/trx, commit 390c20a) and its kin are from theirs.
 Deviation: no consensus over frames; a head that wants one map averages over T.
 
 Letters: B clips; F frames; H W pixels.
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from extract.backbone import IMAGENET
 from extract.config import BackboneConfig, SamplingConfig
 from extract.weights import NoOptions, StateDict, checked_options, load_weights, trunk_state_dict
+
+# TRX and STRM number the parts of torchvision's ResNet; 2 and 3 have no weights.
+PUBLISHED_PARTS = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 
 class FrameResNet(nn.Module):
@@ -42,14 +46,31 @@ class FrameResNet(nn.Module):
         return {"cube": hidden.reshape(num_clips, num_frames, *hidden.shape[1:]).transpose(1, 2).contiguous()}
 
 
+def published_state_dict(content: Mapping[str, Any], path: Path) -> StateDict:
+    """Trunk weights out of any file with such a network.
+
+    Takes torchvision's files and our own trunks, and the training checkpoints of TRX, STRM and TA2N (bare, or under
+    "model_state_dict"), whose network is `resnet.*` with numbered or named parts; `module.` is removed wherever it
+    occurs, and fc and the parts of a head are left out.
+    """
+    inner = content.get("model_state_dict")
+    state = trunk_state_dict(inner if isinstance(inner, Mapping) else content, path, dropped=("fc.",))
+    if not any(key.startswith("resnet.") for key in state):
+        return state
+    trunk: StateDict = {}
+    for key, value in state.items():
+        network, _, name = key.partition(".")
+        part, _, rest = name.partition(".")
+        if network == "resnet" and part != "fc":
+            trunk[f"{PUBLISHED_PARTS.get(part, part)}.{rest}"] = value
+    return trunk
+
+
 def build_tsn(config: BackboneConfig, sampling: SamplingConfig, *, depth: int) -> nn.Module:
     """The trunk of one depth with its weights."""
     del sampling  # any clip size will do
     checked_options(NoOptions, config.options, config.name)
     from torchvision import models
-
-    def convert(content: Mapping[str, Any], path: Path) -> StateDict:
-        return trunk_state_dict(content, path, dropped=("fc.",))
 
     def pretrained() -> StateDict:
         weights = models.get_model_weights(f"resnet{depth}").IMAGENET1K_V1
@@ -58,5 +79,5 @@ def build_tsn(config: BackboneConfig, sampling: SamplingConfig, *, depth: int) -
         )
 
     module = FrameResNet(models.get_model(f"resnet{depth}", weights=None), depth)
-    load_weights(module, config, convert, pretrained)
+    load_weights(module, config, published_state_dict, pretrained)
     return module

@@ -17,6 +17,8 @@ from episodes.losses import combine
 
 NUM_GLOBAL_CLASSES = 11
 CUBE_SHAPE = (8, 2, 3, 2)
+LONG_FEATURES = (64, 2, 1, 1)
+"""Cubes for heads whose published learning rate or temperature is for features of some length: their averages have one."""
 SHIFT_REASON = "batch statistics take away any shift in front of them"
 
 
@@ -42,10 +44,14 @@ class HeadCase:
     """Why a support given twice changes the logits; empty: it does not."""
     single_precision: float = 1e-5
     """Largest difference of logits between float32 and float64."""
+    perturbation: float = 0.2
+    """How far parameters and buffers are moved off their initial values; less where a tanh would saturate."""
     learning_rate: float = 0.05
     """Of Adam on the toy."""
     num_steps: int = 30
     """On the toy."""
+    is_slow: bool = False
+    """Whether its tests are marked slow; a smaller version of the head is then among the cases."""
 
     def __str__(self) -> str:
         return "-".join([self.name, *(f"{key}={value}" for key, value in self.options.items())])
@@ -57,7 +63,122 @@ _EXACT_ZERO = {
     "cross": {"cam.reduce.bias": SHIFT_REASON},
 }
 
-CASES = [HeadCase(name, {}, _EXACT_ZERO.get(name, {})) for name in HEADS] + [
+
+def _ta2n(options: Mapping[str, Any], is_noisy: bool) -> HeadCase:
+    convolutions = [
+        f"alignment.{stage}.network.{layer}.bias"
+        for stage in ("temporal", "coordination")
+        for layer in ("first", "second")
+    ]
+    too_small = {grid: "4 or more time steps, rows and columns" for grid in ((2, 3, 3), (8, 1, 1), (1, 1, 1))}
+    return HeadCase(
+        "ta2n",
+        options,
+        dict.fromkeys(convolutions, SHIFT_REASON),
+        cube_shape=(8, 4, 4, 4),
+        refused_grids=too_small,
+        is_noisy=is_noisy,
+        repeats_matter="with a second shot all videos pass the fusion's value map, which single shots do not",
+        perturbation=0.02,
+        learning_rate=0.005,
+        num_steps=12,
+    )
+
+
+_NARROW = {"dropout": 0.0, "temporal_channels": (6, 8, 4), "offset_channels": (6, 8, 4)}
+
+
+_TUPLE_ZERO = {"transformers.0.value.bias": "it shifts query values and their prototypes alike"}
+
+
+def _trx(name: str, options: Mapping[str, Any], cannot: Mapping[str, str] = _TUPLE_ZERO, **others: Any) -> HeadCase:
+    """A head on tuples of frames: it needs as many time steps as a tuple has frames."""
+    return HeadCase(
+        name,
+        options,
+        cannot,
+        cube_shape=(8, 4, 3, 2),
+        refused_grids={(1, 1, 1): r"1 time step; set head\.cardinalities = \[1\]", **others.pop("refused_grids", {})},
+        is_noisy=True,
+        learning_rate=0.003,
+        num_steps=30 if options else 12,
+        **others,
+    )
+
+
+_TRX = _trx(
+    "trx",
+    {},
+    {**_TUPLE_ZERO, "transformers.1.value.bias": _TUPLE_ZERO["transformers.0.value.bias"]},
+    refused_grids={(2, 3, 3): r"2 time steps; set head\.cardinalities = \[1\] .*up to 2"},
+)
+# Moved far, all units of the auxiliary projections fire and their bias cancels too.
+_STRM_ZERO = {**_TUPLE_ZERO, "patches.key.bias": "the softmax takes away what shifts all scores of a patch"}
+
+
+def _matchingnet(**options: Any) -> HeadCase:
+    return HeadCase("matchingnet", options, repeats_matter="the votes of the supports of a class are summed")
+
+
+def _baseline(name: str, cube_shape: tuple[int, int, int, int] = CUBE_SHAPE) -> HeadCase:
+    return HeadCase(
+        name,
+        cube_shape=cube_shape,
+        support_without_gradient="the classifier's own training sees the supports, and is not part of the graph",
+        repeats_matter="each support is a sample of the classifier's training",
+    )
+
+
+def _pal(**options: Any) -> HeadCase:
+    return HeadCase(
+        "pal",
+        options,
+        {"attention.key.bias": "the softmax takes away what it adds to every similarity"},
+        repeats_matter="the attention sees each support on its own",
+    )
+
+
+_RELATION_ZERO = {
+    f"{part}.convs.{index}.bias": SHIFT_REASON
+    for part, count in (("attention", 2), ("relation", 4))
+    for index in range(count)
+}
+
+
+def _arn(exact_zero: Mapping[str, str] = _RELATION_ZERO, is_slow: bool = False, **options: Any) -> HeadCase:
+    return HeadCase("arn", options, exact_zero, perturbation=0.02, learning_rate=0.005, num_steps=10, is_slow=is_slow)
+
+
+def _protogan(**options: Any) -> HeadCase:
+    return HeadCase("protogan", options, perturbation=0.02, learning_rate=0.005)
+
+
+_EXPERIMENTAL_DEFAULTS = {
+    # Its relation images are 64 x 64 with 64 channels.
+    "arn": _arn(is_slow=True),
+    "protogan": _protogan(),
+}
+
+
+_METRIC_DEFAULTS = {
+    "matchingnet": _matchingnet(),
+    "baseline": _baseline("baseline", LONG_FEATURES),
+    "baseline++": _baseline("baseline++"),
+    "feat": HeadCase("feat", cube_shape=LONG_FEATURES, is_noisy=True, learning_rate=0.003),
+    "pal": _pal(),
+}
+
+_NO_DROPOUT = dict.fromkeys(("position_dropout", "intra_dropout", "attention_dropout", "inter_dropout"), 0.0)
+
+_DEFAULTS = {
+    **_EXPERIMENTAL_DEFAULTS,
+    **_METRIC_DEFAULTS,
+    "trx": _TRX,
+    "strm": _trx("strm", {}, _STRM_ZERO, perturbation=0.02),
+    "ta2n": _ta2n({}, is_noisy=True),
+}
+
+CASES = [_DEFAULTS.get(name, HeadCase(name, {}, _EXACT_ZERO.get(name, {}))) for name in HEADS] + [
     HeadCase("mastaf", {"preset": "paper"}),
     HeadCase("mastaf", {"preset": "paper_stable"}, _EXACT_ZERO["mastaf"]),
     HeadCase(
@@ -67,6 +188,64 @@ CASES = [HeadCase(name, {}, _EXACT_ZERO.get(name, {})) for name in HEADS] + [
     ),
     HeadCase("mastaf", {"meta_learner": False, "global_pooling": "averaged", "fusion": "prob_mean"}),
     HeadCase("neighbor", {"preset": "paper_stable", "global_input": "query_true_cross"}),
+    HeadCase("protonet", {"distance": "cosine"}),
+    HeadCase("protonet", {"average": False}),
+    HeadCase("tsn_mean", {"similarity": "euclidean"}),
+    _matchingnet(form="closer_look"),
+    _matchingnet(form="feat"),
+    _matchingnet(full_context=True),
+    HeadCase(
+        "feat",
+        {
+            "distance": "cosine",
+            "temperature": 0.1,
+            "balance": 1.0,
+            "temperature2": 0.1,
+            "attention_dropout": 0.0,
+            "output_dropout": 0.0,
+        },
+    ),
+    _pal(contrast_weight=0.0),
+    _arn(channels=16),
+    _arn(
+        {
+            **{name: reason for name, reason in _RELATION_ZERO.items() if name.startswith("relation")},
+            "relation.last.bias": "it shifts all scores alike, which the softmax takes away",
+            "relation.hidden.bias": "with all hidden units firing, so does this one",
+        },
+        channels=16,
+        attention=False,
+        loss="cross_entropy",
+        norm_momentum=0.1,
+    ),
+    HeadCase("cmn", {"writing": "merge", "abstract_size": 16}),
+    HeadCase("cmn", {"reading": "constituent", "frames": "positions", "num_saliencies": 3}),
+    _protogan(num_generated=2, hidden=16, prototype_size=4, noise_size=3),
+    HeadCase("trx", {"cardinalities": [1], "hidden": 16, "dropout": 0.0}, _TUPLE_ZERO),
+    _trx("trx", {"cardinalities": [2], "hidden": 16, "factored": False}),
+    _trx(
+        "strm",
+        {"aux_head": "frozen_random", "hidden": 16, "patches": 2},
+        _STRM_ZERO,
+        repeats_matter="each support has dropout of its own, in evaluation too",
+    ),
+    _ta2n({**_NARROW, "factored": False, "perturb_in_evaluation": False}, is_noisy=False),
+    _ta2n({**_NARROW, "distance": "soft_dtw"}, is_noisy=False),
+    HeadCase("otam", {"smoothing": 0.0, "directions": "mean", "projection": 6}),
+    HeadCase("bi_mhm", {"shots": "mean", "frame_reduction": "mean", "projection": 6}),
+    HeadCase("bi_mhm", {"relation": True, "heads": 2, **_NO_DROPOUT}, learning_rate=0.01),
+    HeadCase(
+        "bi_mhm",
+        {"relation": True, "heads": 2, "shots": "mean", "global_classifier": False},
+        cube_shape=(32, 2, 3, 2),
+        is_noisy=True,
+        repeats_matter="it is one more video in the group that the inter-relation attends over",
+        perturbation=0.02,
+        learning_rate=0.01,
+    ),
+    HeadCase("chamfer", {"tuple_length": 1, "shots": "mean", "projection": 0}),
+    HeadCase("max", {"projection": 0, "learn_scale": False}),
+    HeadCase("diagonal", {"projection": 0}),
 ]
 
 
@@ -152,7 +331,7 @@ def make_head(
     with torch.no_grad():
         for tensor in [*head.parameters(), *head.buffers()]:
             if tensor.is_floating_point():
-                tensor.add_(torch.rand(tensor.shape, generator=source), alpha=0.2)
+                tensor.add_(torch.rand(tensor.shape, generator=source), alpha=case.perturbation)
     return head.to(dtype)
 
 

@@ -46,7 +46,9 @@ both_modes = pytest.mark.parametrize("training", [False, True], ids=["eval", "tr
 class HeadContract:
     """The laws of the `Head` protocol."""
 
-    @pytest.fixture(params=CASES, ids=str)
+    @pytest.fixture(
+        params=[pytest.param(each, marks=[pytest.mark.slow] if each.is_slow else []) for each in CASES], ids=str
+    )
     def case(self, request: pytest.FixtureRequest) -> HeadCase:
         case = request.param
         assert isinstance(case, HeadCase)
@@ -128,8 +130,10 @@ class HeadContract:
             assert torch.equal(value, before[name]), name
 
     def test_every_parameter_learns(self, case: HeadCase) -> None:
-        head = make_head(case).train()
-        torch.autograd.backward(total_loss(head, batch_for(case)))
+        head, batch = make_head(case).train(), batch_for(case)
+        # A head without parameters still trains the backbone in front of it.
+        batch.query.requires_grad_()
+        torch.autograd.backward(total_loss(head, batch))
         names = dict(head.named_parameters())
         assert set(case.without_gradient) <= set(names)
         for name, parameter in names.items():
@@ -182,6 +186,7 @@ class HeadContract:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     def test_trains_under_automatic_mixed_precision(self, case: HeadCase, dtype: torch.dtype) -> None:
         head, batch = make_head(case, dtype=torch.float32).train(), batch_for(case, dtype=dtype)
+        batch.query.requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = total_loss(head, batch)
         torch.autograd.backward(loss)
@@ -211,6 +216,7 @@ class HeadContract:
                 make_head(case, shape)
             return
         head, batch = make_head(case, shape).train(training), make_batch(cube_shape=shape)
+        batch.query.requires_grad_(training)
         output: HeadOutput = head(batch, with_maps=True)
         assert output.logits.shape == (2, 4, 3)
         assert all(term.isfinite().all() for term in output.losses.values())
