@@ -1,6 +1,7 @@
 """The table of docs/heads.md: parameters and multiply-accumulates of every head on the cubes of two usual backbones.
 
-python benchmarks/head_table.py          prints the rows; nothing is timed, so that any machine gives the same ones
+python benchmarks/head_table.py [--write]    prints the table, or puts it into docs/heads.md; nothing is timed, so that any machine
+                                             gives the same one
 """
 
 # C channels, T time steps, H W grid

@@ -30,7 +30,7 @@ AXES: dict[str, str] = {
     # Time warp of a video: (a, b) of source time = a t + b with t in [-1, 1].
     "warp_support": "E S 2",
     "warp_query": "E Q 2",
-    # Shift (x, y) of the attended region at each time step, in half frame sizes.
+    # Shift (x, y) of the attended region of the query at each time step, in half frame sizes; that of the class moves the opposite way.
     "offset": "E Q N T 2",
     # Weight of each support in the decision.
     "support_weights": "E Q S",

@@ -115,7 +115,9 @@ def _notes(comparison: Comparison, runs: Sequence[Row], recipes: Sequence[Row]) 
             )
     facts = hardware()
     machine = (
-        facts.get("gpu") if comparison.device.type == "cuda" else f"{facts['machine']}, {facts['threads']} threads"
+        facts.get("gpu")
+        if comparison.device.type == "cuda"
+        else f"{facts['machine']}, {facts['threads']} thread{'s' if facts['threads'] != 1 else ''}"
     )
     lines.append(
         f"Cost of the head alone, for one episode: FLOPs of matrix products and convolutions (MACs are half of it); "

@@ -20,11 +20,11 @@ from extract.build import build_backbone
 from pipeline.console import progress, say
 from pipeline.demo_pictures import draw_attention, draw_bars, draw_classes
 from pipeline.demo_videos import write_demo_videos
-from pipeline.evaluation import mean_and_interval
 from pipeline.extraction import build_spec, extract_videos, video_sources
 from pipeline.provenance import code_version, hardware
 from pipeline.scoring import evaluate_run, load_run
 from pipeline.settings import SetupError
+from pipeline.statistics import paired_difference
 from pipeline.train_command import describe_validation
 from pipeline.training import train
 
@@ -203,14 +203,6 @@ def _evaluate(demo: _Demo) -> list[dict[str, Any]]:
     return results
 
 
-def paired_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float, float]:
-    """Mean and half width of the 95 % interval of first minus second over the episodes that both scored."""
-    assert first["episode_hash"] == second["episode_hash"]
-    return mean_and_interval(
-        [one - other for one, other in zip(first["per_episode"], second["per_episode"], strict=True)]
-    )
-
-
 def _report(demo: _Demo, manifest: Manifest, results: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     facts = {
         "results": [{key: value for key, value in row.items() if key != "per_episode"} for row in results],
@@ -269,16 +261,18 @@ def _honest_lines(by_title: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> li
     lines = []
     for k_shot in SHOTS:
         for title in ("MASTAF, cached", "MASTAF, end to end"):
-            difference, width = paired_difference(by_title[title][k_shot], by_title["Neighbor, cached"][k_shot])
+            row, neighbor = by_title[title][k_shot], by_title["Neighbor, cached"][k_shot]
+            assert row["episode_hash"] == neighbor["episode_hash"]
+            found = paired_difference(row["per_episode"], neighbor["per_episode"])
             verdict = (
                 "better than"
-                if difference > width
+                if found.mean > found.interval95
                 else "worse than"
-                if difference < -width
+                if found.mean < -found.interval95
                 else "not distinguishable from"
             )
             lines.append(
                 f"- {title}, {k_shot}-shot: {verdict} Neighbor on the same cubes "
-                f"({100 * difference:+.2f} ± {100 * width:.2f} points, paired over the episodes)."
+                f"({100 * found.mean:+.2f} ± {100 * found.interval95:.2f} points, paired over the episodes)."
             )
     return lines

@@ -95,5 +95,5 @@ def _draw_kind(
 
 def _title(name: str, query: int) -> str:
     base, _, number = name.rpartition("_")
-    heading = TITLES.get(base, base) + f" {number}" if number.isdigit() else TITLES.get(name, name)
+    heading = f"{TITLES.get(base, base)} ({number})" if number.isdigit() else TITLES.get(name, name)
     return f"{heading}, query {query}"

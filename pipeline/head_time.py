@@ -48,6 +48,11 @@ class _Match:
     query_frames: np.ndarray
     support_frames: np.ndarray
 
+    @property
+    def has_best(self) -> np.ndarray:
+        """(T,) bool, whether a frame of the query goes with one of the support more than with the others."""
+        return np.asarray(np.ptp(self.values, axis=1) > 1e-6 * np.abs(self.values).max())
+
 
 def draw_alignment(view: EpisodeView, query: int, kind: MapKind, stem: Path, title: str, gif_frames: int) -> list[Path]:
     """Which frames of the query go with which of a support: cells, the largest of each row ringed."""
@@ -115,9 +120,7 @@ def _draw_match(page: Page, left: float, top: float, match: _Match, norm: Normal
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_color(GRID)
-    # A row without a largest cell has nothing to ring.
-    peaked = np.ptp(match.values, axis=1) > 1e-6 * np.abs(match.values).max()
-    rows = np.flatnonzero(peaked)
+    rows = np.flatnonzero(match.has_best)
     rings = axes.scatter(
         match.values.argmax(axis=1)[rows],
         rows,
@@ -151,10 +154,11 @@ def _frames_along(
 
 
 def _best_frames(match: _Match) -> np.ndarray:
-    """The support frame that goes best with each frame of the query."""
-    num_frames = len(match.query_frames)
-    best_step = match.values.argmax(axis=1)[frame_steps(num_frames, match.values.shape[0])]
-    return np.asarray(match.support_frames[step_frames(len(match.support_frames), match.values.shape[1])[best_step]])
+    """The support frame that goes best with each frame of the query; black where none does."""
+    steps = frame_steps(len(match.query_frames), match.values.shape[0])
+    best = step_frames(len(match.support_frames), match.values.shape[1])[match.values.argmax(axis=1)]
+    is_shown = match.has_best[steps][:, None, None, None]
+    return np.asarray(match.support_frames[best[steps]] * is_shown.astype(np.uint8))
 
 
 @dataclass(frozen=True, slots=True)

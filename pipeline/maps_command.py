@@ -59,10 +59,7 @@ def draw_run_maps(
     split = split or loaded.config.evaluation.split
     sampler = make_sampler(loaded.config, loaded.manifest, split)
     drawn = sampler.episode(episode)
-    if query is not None and query >= len(drawn.query_ids):
-        raise SetupError(
-            f"--query {query}, but episode {episode} has {len(drawn.query_ids)} queries: 0 to {len(drawn.query_ids) - 1}."
-        )
+    queries = _queries_to_draw(drawn, query)
     output = _score(loaded, drawn, sampler, chosen_device)
     if not output.maps:
         raise SetupError(
@@ -70,7 +67,6 @@ def draw_run_maps(
             "docs/maps.md lists what the heads give."
         )
     maps = {name: _as_array(values[0]) for name, values in output.maps.items()}
-    queries = list(range(len(drawn.query_ids))) if query is None else [query]
     view = _view(loaded, drawn, queries, _as_array(output.logits[0]))
     folder = out or run / "maps" / f"{split}_{episode}"
     with progress("draw") as on_progress:
@@ -80,6 +76,17 @@ def draw_run_maps(
     record = _record(run, loaded, split, sampler, drawn, view, maps, [picture.name for picture in pictures])
     (folder / "maps.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record, [*pictures, folder / "maps.npz", folder / "maps.json"]
+
+
+def _queries_to_draw(episode: Episode, query: int | None) -> list[int]:
+    num_queries = len(episode.query_ids)
+    if query is None:
+        return list(range(num_queries))
+    if query >= num_queries:
+        raise SetupError(
+            f"--query {query}, but episode {episode.index} has {num_queries} queries: 0 to {num_queries - 1}."
+        )
+    return [query]
 
 
 def _score(run: LoadedRun, episode: Episode, sampler: EpisodeSampler, device: torch.device) -> HeadOutput:

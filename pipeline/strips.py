@@ -64,7 +64,8 @@ def strip_page(rows: Sequence[StripRow], path: Path, title: str = "", norm: Norm
     """Rows of strips under their titles; with the bar of the colours of `doublings` where `norm` gives their scale."""
     width = 9.6
     strip_heights = [
-        min(_TALLEST_STRIP, (width - 0.4) * row.strips[0].shape[0] / row.strips[0].shape[1]) + _STRIP_GAP for row in rows
+        min(_TALLEST_STRIP, (width - 0.4) * row.strips[0].shape[0] / row.strips[0].shape[1]) + _STRIP_GAP
+        for row in rows
     ]
     top, foot, head = (0.62 if title else 0.12), (0.4 if norm is None else 0.85), 0.32
     height = top + foot + sum(head + len(row.strips) * each for row, each in zip(rows, strip_heights, strict=True))
@@ -88,8 +89,10 @@ def _heat_bar(page: Page, norm: Normalize) -> None:
     bar = page.axes(0.4, 0.5, 3.4, 0.14)
     page.figure.colorbar(ScalarMappable(norm, HEAT), cax=bar, orientation="horizontal")
     powers = [power for power in range(-2, 24) if 0.0 <= norm(power) <= 1.0]
-    ticks = powers[:: -(-len(powers) // _MOST_TICKS)]
-    bar.set_xticks(ticks, [f"{2.0**power:g}×" for power in ticks])
+    ticks: list[float] = [*powers[:: -(-len(powers) // _MOST_TICKS)]]
+    if len(ticks) < 3:  # a flat map: its ends tell how flat
+        ticks = [float(norm.inverse(end)) for end in (0.0, 0.5, 1.0)]
+    bar.set_xticks(ticks, [f"{2.0**power:.3g}×" for power in ticks])
     bar.tick_params(labelsize=8, colors=MUTED, length=2)
     bar.set_xlabel("attention, as a multiple of an even spread", fontsize=8.5, color=MUTED)
 

@@ -21,14 +21,14 @@ from episodes.batch import EpisodeBatch
 from episodes.head import HeadInputs, HeadModule, HeadOutput
 from episodes.heads.strm_auxiliary import NearestTuples
 from episodes.heads.strm_enrichment import EnrichedPatches, FrameEnrichment, PatchEnrichment
-from episodes.heads.trx import TrxConfig, TupleScores, make_transformers, mean_logits
+from episodes.heads.trx import TupleOptions, TupleScores, make_transformers, mean_logits
 from episodes.heads.tuples import EpisodeFrames
 from episodes.losses import query_cross_entropy
 from episodes.noise import EpisodeNoise
 from episodes.shots import class_shots
 
 
-class StrmConfig(TrxConfig):
+class StrmConfig(TupleOptions):
     """Knobs of the STRM head: those of TRX, and its own. Defaults are those of the released code but for `aux_head`."""
 
     cardinalities: tuple[int, ...] = (2,)

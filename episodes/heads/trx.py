@@ -10,7 +10,7 @@ value normalisation, which the code keeps and never uses, is in the state dict a
 # E episodes, S supports, Q queries, N classes, K shots; C channels, T time steps, H W grid; P tuples, M frames of a tuple, D width
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,8 @@ from episodes.noise import EpisodeNoise
 from episodes.shots import ClassShots, class_shots, frame_vectors
 
 
-class TrxConfig(HeadOptions):
-    """Knobs of the TRX head; defaults are those of the released code."""
+class TupleOptions(HeadOptions):
+    """Knobs of the heads on tuples of frames; defaults are those of the released code of TRX."""
 
     cardinalities: tuple[int, ...] = (2, 3)
     """Frames in a tuple, one transformer for each number (code: pairs and triples). Logits are averaged over them."""
@@ -45,6 +45,14 @@ class TrxConfig(HeadOptions):
         if not values or min(values) < 1 or len(set(values)) < len(values):
             raise ValueError("give one or more different numbers of 1 or more, as in [2, 3]")
         return values
+
+
+class TrxConfig(TupleOptions):
+    """Knobs of the TRX head."""
+
+    average_time: bool = False
+    """Whether a cube is averaged over its time steps first, which leaves single "frames": one representation per video,
+    as the MASTAF paper's TRX rows on R3D and ViViT have it (reference 2.2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +92,7 @@ class TupleTransformer(nn.Module):
 
     tuples: Tensor
 
-    def __init__(self, cardinality: int, config: TrxConfig, inputs: HeadInputs) -> None:
+    def __init__(self, cardinality: int, config: TupleOptions, inputs: HeadInputs) -> None:
         super().__init__()
         channels, num_steps = inputs.cube_shape[:2]
         self.cardinality = cardinality
@@ -164,7 +172,7 @@ class TupleTransformer(nn.Module):
         }
 
 
-def make_transformers(config: TrxConfig, inputs: HeadInputs) -> nn.ModuleList:
+def make_transformers(config: TupleOptions, inputs: HeadInputs) -> nn.ModuleList:
     """One transformer per cardinality.
 
     Raises:
@@ -187,6 +195,9 @@ class TrxHead(HeadModule):
         self.config = config
         self.cube_shape = inputs.cube_shape
         self.loss_weights = {"few_shot": 1.0}
+        if config.average_time:
+            channels, _, height, width = inputs.cube_shape
+            inputs = replace(inputs, cube_shape=(channels, 1, height, width))
         self.transformers = make_transformers(config, inputs)
 
     def forward(self, batch: EpisodeBatch, with_maps: bool = False) -> HeadOutput:
@@ -207,6 +218,11 @@ class TrxHead(HeadModule):
     def tuple_scores(self, batch: EpisodeBatch, with_maps: bool = False) -> list[TupleScores]:
         """What the tuples say, by cardinality."""
         self.refuse_other_shape(batch)
-        frames = EpisodeFrames(frame_vectors(batch.support), frame_vectors(batch.query))
+        frames = EpisodeFrames(self._frames(batch.support), self._frames(batch.query))
         shots, noise = class_shots(batch), EpisodeNoise(batch.seeds)
         return [transformer(frames, shots, noise, with_maps) for transformer in self.transformers]
+
+    def _frames(self, cubes: Tensor) -> Tensor:
+        """Frame vectors (E, V, T, C), T is 1 where time is averaged."""
+        vectors = frame_vectors(cubes)
+        return vectors.mean(dim=-2, keepdim=True) if self.config.average_time else vectors

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from contracts.head_cases import HeadCase, make_batch, make_head, part, reordered
 from episodes.batch import EpisodeBatch
@@ -128,6 +129,16 @@ def test_published_sizes_have_the_published_number_of_parameters() -> None:
     head = TrxHead(TrxConfig(), HeadInputs((2048, 8, 1, 1)))
     counts = [sum(parameter.numel() for parameter in each.parameters()) for each in head.transformers]
     assert [round(count / 1e6, 2) for count in counts] == [9.44, 14.16]
+
+
+@pytest.mark.parametrize(("factored", "billions"), [(False, 6.39), (True, 0.951)])
+def test_products_are_as_many_as_the_reference_counts(factored: bool, billions: float) -> None:
+    # 5-way 1-shot with 1 query, 8 frames of ResNet-50, pairs and triples: projections of 6 videos and the attention of tuples.
+    head = TrxHead(TrxConfig(factored=factored), HeadInputs((2048, 8, 1, 1))).eval()
+    batch = make_batch(num_episodes=1, n_way=5, k_shot=1, n_query=1, cube_shape=(2048, 8, 1, 1), dtype=torch.float32)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        head(batch)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(billions, rel=0.01)
 
 
 @pytest.mark.parametrize("most", [1, 400, 3000])
@@ -254,6 +265,19 @@ def test_what_makes_no_sense_is_refused_when_built(
 def test_one_vector_per_video_is_scored_with_cardinality_one() -> None:
     head = make_head(HeadCase("trx", {"cardinalities": [1], "hidden": 4}), (6, 1, 1, 1)).eval()
     assert head(make_batch(cube_shape=(6, 1, 1, 1))).logits.shape == (2, 4, 3)
+
+
+def test_averaged_time_is_a_cube_of_one_step() -> None:
+    options: dict[str, object] = {"cardinalities": [1], "hidden": 6}
+    long, short = (
+        build_head("trx", {**options, **more}, shape, None, True, torch.Generator().manual_seed(1)).double().eval()
+        for more, shape in (({"average_time": True}, (5, 4, 2, 2)), ({}, (5, 1, 2, 2)))
+    )
+    batch = make_batch(cube_shape=(5, 4, 2, 2))
+    average = replace(batch, support=batch.support.mean(3, keepdim=True), query=batch.query.mean(3, keepdim=True))
+    torch.testing.assert_close(long(batch).logits, short(average).logits)
+    with pytest.raises(ValueError, match=r"1 time step; set head.cardinalities = \[1\]"):
+        build_head("trx", {"average_time": True}, (5, 4, 2, 2), None, True)
 
 
 def test_loss_is_summed_over_queries_as_published() -> None:

@@ -1,9 +1,12 @@
 """Fixtures of the pipeline's tests."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from contracts.made_runs import MadeRuns, make_runs
 from contracts.world import World, make_world, write_clip
 
 
@@ -22,3 +25,18 @@ def broken_world(tmp_path: Path) -> World:
     (world.folder / "videos/up/2.mp4").unlink()
     write_clip(world.folder / "videos/down/1.mp4", "down", 1, num_frames=3)
     return world
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> MadeRuns:
+    """Six short runs on made-up cubes; read only."""
+    return make_runs(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small tensors: a second thread only waits, for long on a busy machine."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.demo import ROWS, SHOTS, paired_difference, run_demo
+from pipeline.demo import ROWS, SHOTS, run_demo
 from pipeline.settings import SetupError
 
 
@@ -35,11 +35,3 @@ def test_quick_demo_writes_report_pictures_and_every_row(tmp_path: Path) -> None
             assert brightest - darkest > 100
     with pytest.raises(SetupError, match="not empty"):
         run_demo(tmp_path / "demo", quick=True)
-
-
-def test_paired_difference_is_narrower_than_unpaired_where_methods_agree() -> None:
-    first = {"episode_hash": "h", "per_episode": [0.2, 0.8, 0.4, 1.0]}
-    second = {"episode_hash": "h", "per_episode": [0.2, 0.6, 0.4, 1.0]}
-    difference, width = paired_difference(first, second)
-    assert difference == pytest.approx(0.05)
-    assert width == pytest.approx(1.96 * (0.2**2 * 3 / 16) ** 0.5 / 2)

@@ -240,6 +240,14 @@ def test_alignment_film_shows_the_support_frame_that_fits_best(tmp_path: Path) -
     assert np.corrcoef(columns, rows)[0, 1] < -0.9
 
 
+def test_query_frame_that_goes_with_none_has_no_best_frame(tmp_path: Path) -> None:
+    view = with_frames(grey_view(num_frames=2), numbered_frames(2, 0), numbered_frames(2, 2))
+    maps = {"class_alignment": np.broadcast_to([[0.0, 1.0], [0.0, 0.0]], (1, 5, 2, 2))}
+    _, gif = draw_maps(view, maps, tmp_path, gif_frames=2)
+    best = gif_frames(gif)[:, 30 + 60 + PANEL_PIXELS // 2, 24 + PANEL_PIXELS * 3 // 2, 2]
+    np.testing.assert_allclose(best, [60, 0], atol=6)
+
+
 def test_tuples_are_framed_on_the_query_and_on_the_named_support(tmp_path: Path) -> None:
     view = grey_view(k_shot=2, num_frames=8, num_steps=4)
     shown = view.supports_of(3)[1]

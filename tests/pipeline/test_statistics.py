@@ -106,7 +106,7 @@ def test_mean_over_seeds_has_students_interval_over_the_seeds() -> None:
     # Accuracies of the runs 0.5, 0.6, 0.7; their episodes' means over seeds are all 0.6.
     scores = np.array([[0.5, 0.5], [0.6, 0.6], [0.7, 0.7]])
     found = mean_over_seeds(scores)
-    assert (found.accuracy, found.spread) == (pytest.approx(0.6), pytest.approx(0.1))
+    assert [found.accuracy, found.spread] == pytest.approx([0.6, 0.1])
     assert found.seed_interval95 == pytest.approx(quantile95(2) * 0.1 / 3**0.5)
     assert found.interval95 == pytest.approx(found.seed_interval95)
     harder = mean_over_seeds(scores + np.array([-0.3, 0.3]))
@@ -167,7 +167,7 @@ def test_class_interval_is_the_same_every_time_and_shifts_with_the_scores() -> N
     assert first is not None
     assert shifted is not None
     assert first == again
-    assert (shifted.low, shifted.high) == (pytest.approx(first.low + 0.25), pytest.approx(first.high + 0.25))
+    assert [shifted.low, shifted.high] == pytest.approx([first.low + 0.25, first.high + 0.25])
 
 
 def test_class_interval_of_equal_scores_has_no_width() -> None:

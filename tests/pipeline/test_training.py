@@ -22,13 +22,14 @@ from contracts.world import World
 from extract.build import build_backbone
 from pipeline import training
 from pipeline.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, write_file
-from pipeline.evaluation import Accuracy, mean_and_interval
+from pipeline.evaluation import Accuracy
 from pipeline.extraction import build_spec, extract_videos, video_sources
 from pipeline.interrupts import Stopped
 from pipeline.scoring import evaluate_run, load_run
 from pipeline.settings import SetupError
 from pipeline.setup import make_sampler
 from pipeline.sources import SourceError
+from pipeline.statistics import mean_and_interval
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
