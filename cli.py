@@ -565,7 +565,10 @@ def _list_options(head: str) -> list[dict[str, str]]:
     defaults = head_config(head, {}).model_dump(mode="json")
     fields = HEADS[head].config.model_fields
     return [
-        {"name": f"head.{key} = {json.dumps(defaults[key])}", "description": " ".join((field.description or "").split())}
+        {
+            "name": f"head.{key} = {json.dumps(defaults[key])}",
+            "description": " ".join((field.description or "").split()),
+        }
         for key, field in fields.items()
         if key not in HEADS[head].fixed
     ]

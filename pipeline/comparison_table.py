@@ -114,11 +114,8 @@ def _notes(comparison: Comparison, runs: Sequence[Row], recipes: Sequence[Row]) 
                 f"the seeds alone ({' and '.join(SEED_KEYS)})."
             )
     facts = hardware()
-    machine = (
-        facts.get("gpu")
-        if comparison.device.type == "cuda"
-        else f"{facts['machine']}, {facts['threads']} thread{'s' if facts['threads'] != 1 else ''}"
-    )
+    threads = f"{facts['threads']} thread{'' if facts['threads'] == 1 else 's'}"
+    machine = facts.get("gpu") if comparison.device.type == "cuda" else f"{facts['machine']}, {threads}"
     lines.append(
         f"Cost of the head alone, for one episode: FLOPs of matrix products and convolutions (MACs are half of it); "
         f"milliseconds on {comparison.device} ({machine})."

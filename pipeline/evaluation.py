@@ -12,15 +12,18 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from episodes.batch import EpisodeBatch
 from episodes.sampler import Episode, EpisodeSampler, draw_noise_seed, episode_hash
+from pipeline.call_size import LargestTensor, parts_of
 from pipeline.model import FewShotModel
 from pipeline.sources import Source, assemble
 from pipeline.statistics import mean_and_interval
 
 # Inputs of one forward pass; larger gains nothing on a CPU and episodes are independent, so this changes no number.
 BATCH_BYTES = 128 << 20
+MOST_EPISODES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,7 @@ def evaluate_models(
     """
     source.check(sampler.video_ids, [0])
     answers: list[list[npt.NDArray[np.bool_]]] = [[] for _ in models]
+    call_sizes = [1] * len(models)
     drawn: list[Episode] = []
     batch_size = 1
     with evaluating(models), torch.no_grad():
@@ -101,8 +105,12 @@ def evaluate_models(
                 sampler.episode(index) for index in range(len(drawn), min(len(drawn) + batch_size, num_episodes))
             ]
             batch = evaluation_batch(source, sampler, episodes).to(device)
-            for model, answered in zip(models, answers, strict=True):
-                answered.append(_is_right(model, batch))
+            for number, model in enumerate(models):
+                if drawn:
+                    answers[number] += [_is_right(model, part) for part in parts_of(batch, call_sizes[number])]
+                else:
+                    first, call_sizes[number] = _first_call(model, batch)
+                    answers[number].append(first)
             drawn += episodes
             if batch_size == 1:
                 batch_size = episodes_per_batch(source, episodes[0])
@@ -136,6 +144,14 @@ def evaluation_batch(source: Source, sampler: EpisodeSampler, episodes: Sequence
     )
 
 
+def _first_call(model: FewShotModel, batch: EpisodeBatch) -> tuple[npt.NDArray[np.bool_], int]:
+    """What became of the queries of the first episode, and how many episodes the next calls may hold."""
+    with LargestTensor() as largest:
+        is_right = _is_right(model, batch)
+    # A backbone takes clips in batches of its own, and of clips only a few episodes come at a time.
+    return is_right, largest.episodes_per_call if isinstance(model.encoder, nn.Identity) else MOST_EPISODES
+
+
 def _is_right(model: FewShotModel, batch: EpisodeBatch) -> npt.NDArray[np.bool_]:
     logits = model(batch).logits  # (E, Q, N)
     assert batch.query_labels is not None
@@ -161,4 +177,4 @@ def episodes_per_batch(source: Source, episode: Episode) -> int:
     # Cubes are scored in float32, clips are bytes: count what the model will hold.
     item_bytes = one.numel() * (1 if one.dtype == torch.uint8 else 4)
     videos = len(episode.support_ids) + len(episode.query_ids)
-    return max(1, min(256, BATCH_BYTES // (item_bytes * videos)))
+    return max(1, min(MOST_EPISODES, BATCH_BYTES // (item_bytes * videos)))

@@ -16,6 +16,7 @@ import torch
 
 from episodes.batch import EpisodeBatch
 from episodes.head import HeadModule
+from pipeline.call_size import LargestTensor, parts_of
 from pipeline.compute_cost import count_macs
 
 
@@ -45,26 +46,35 @@ def measure_heads(heads: Sequence[HeadModule], batches: Iterable[EpisodeBatch], 
     """
     milliseconds: list[list[float]] = [[] for _ in heads]
     flops: list[int] = []
-    num_episodes = 0
+    sizes: list[int] = []
     with torch.no_grad():
         for number, batch in enumerate(batches):
-            question, num_episodes = _question(batch).to(device), batch.num_episodes
+            question = _question(batch).to(device)
             if number == 0:
                 flops = [count_flops(head, question) for head in heads]
+                sizes = [_call_size(head, question) for head in heads]
             # In turns, so that whatever else the machine does meets all heads alike.
-            for head, taken in zip(heads, milliseconds, strict=True):
-                each = 1000.0 * _seconds(head, question, device) / num_episodes
-                taken += [each] if number else []
+            for head, size, taken in zip(heads, sizes, milliseconds, strict=True):
+                seconds = _seconds(head, parts_of(question, size)[0], device)
+                taken += [1000.0 * seconds / size] if number else []
     return [
         HeadCost(
             parameters=sum(parameter.numel() for parameter in head.parameters()),
             trainable_parameters=sum(parameter.numel() for parameter in head.parameters() if parameter.requires_grad),
             flops=counted,
             milliseconds=float(np.median(taken)),
-            timed_episodes=num_episodes,
+            timed_episodes=size,
         )
-        for head, counted, taken in zip(heads, flops, milliseconds, strict=True)
+        for head, counted, taken, size in zip(heads, flops, milliseconds, sizes, strict=True)
     ]
+
+
+def _call_size(head: HeadModule, batch: EpisodeBatch) -> int:
+    """All episodes of a batch, or fewer where the head needs much memory for each."""
+    with LargestTensor() as largest:
+        head(parts_of(batch, 1)[0])
+    size: int = min(batch.num_episodes, largest.episodes_per_call)
+    return size
 
 
 def count_flops(head: HeadModule, batch: EpisodeBatch) -> int:
@@ -74,7 +84,7 @@ def count_flops(head: HeadModule, batch: EpisodeBatch) -> int:
     """
     # Some fused kernels are closed to the counter: those of recurrent layers, which exist in float32 only, and a fast path.
     counted_head = copy.deepcopy(head).to("cpu", torch.float64)
-    first = _first_episode(batch.to("cpu"))
+    first = _question(parts_of(batch.to("cpu"), 1)[0], torch.float64)
     with _no_fast_path():
         return 2 * count_macs(lambda: counted_head(first))
 
@@ -89,23 +99,14 @@ def _no_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(was_enabled)
 
 
-def _question(batch: EpisodeBatch) -> EpisodeBatch:
+def _question(batch: EpisodeBatch, dtype: torch.dtype = torch.float32) -> EpisodeBatch:
     """What is asked when predicting: no labels of queries, so that no loss is computed."""
     return replace(
-        batch, support=batch.support.float(), query=batch.query.float(), query_labels=None, class_global_labels=None
-    )
-
-
-def _first_episode(batch: EpisodeBatch) -> EpisodeBatch:
-    return replace(
         batch,
-        support=batch.support[:1].double(),
-        support_labels=batch.support_labels[:1],
-        query=batch.query[:1].double(),
+        support=batch.support.to(dtype),
+        query=batch.query.to(dtype),
         query_labels=None,
         class_global_labels=None,
-        seeds=None if batch.seeds is None else batch.seeds[:1],
-        support_order=None if batch.support_order is None else batch.support_order[:1],
     )
 
 

@@ -99,7 +99,7 @@ def test_paper_recipe_is_what_its_name_says(file: Path) -> None:
 
 
 # Reference 8.2: rows of the MASTAF tables, 5-way 1-shot and 5-shot, in percent.
-RIVAL_ROWS = {
+RIVAL_ROWS: dict[tuple[str, str], dict[str, tuple[float | None, ...]]] = {
     ("r3d50", "baseline"): {
         "ssv2_part": (24.9, 36.1),
         "ssv2_all": (25.6, 39.8),

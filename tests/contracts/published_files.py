@@ -1,4 +1,4 @@
-"""Checkpoints with the names and shapes of the released TRX and STRM code. Every tensor holds one number, stored once."""
+"""Checkpoints with the names and shapes of the released TRX, STRM and TA2N code. Every tensor holds one number, stored once."""
 
 # C channels, T time steps, M frames of a tuple, D width of keys and values
 
@@ -46,6 +46,33 @@ def strm_shapes(
     shapes[f"fr_enrich{inner}.pe.pe"] = (1, int(1.5 * num_steps), channels)
     for name, shape in layers.items():
         shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return shapes
+
+
+def ta2n_shapes(channels: int = 2048) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the head's part of a TA2N checkpoint with the released widths (reference 4.1)."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for net, inputs, widths, one in (
+        ("firststage.locnet", channels, (64, 128, 32), ()),
+        ("secondstage.mvnet", 2 * channels, (128, 128, 64), (1,)),
+    ):
+        first, second, hidden = widths
+        layers = {
+            "0": (first, inputs, 3, 3, 3),
+            "1": (first,),
+            "4": (second, first, 3, 3, 3),
+            "5": (second,),
+            "10": (hidden, second, *one),
+            "12": (2, hidden, *one),
+        }
+        for layer, shape in layers.items():
+            shapes |= {f"align.{net}.{layer}.weight": shape, f"align.{net}.{layer}.bias": shape[:1]}
+            if len(shape) == 1:
+                shapes |= {f"align.{net}.{layer}.{kind}": shape for kind in ("running_mean", "running_var")}
+                shapes[f"align.{net}.{layer}.num_batches_tracked"] = ()
+    for kind in ("key", "query", "value"):
+        shapes[f"align.secondstage.{kind}net.weight"] = (channels, channels, 1)
+        shapes[f"align.{kind}net_multi.weight"] = (channels, channels, 1)
     return shapes
 
 

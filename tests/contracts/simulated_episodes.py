@@ -115,7 +115,7 @@ def cover_fixed_universe(num_replications: int, num_episodes: int) -> dict[str, 
 
 
 POPULATION_ACCURACY = 0.6
-CLASS_KINDS = ("independent", "hubs", "skewed")
+CLASS_KINDS = ("independent", "distinct", "skewed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class ClassWorld:
     """
 
     kind: str = "independent"
-    """Own and rival effect of a class: "independent", "hubs" (an easy class draws the queries of others) or "skewed"."""
+    """Own and rival effect of a class: "independent", "distinct" (an easy class is a weak rival too) or "skewed"."""
     num_classes: int = 12
     n_way: int = 5
     n_query: int = 3
@@ -159,7 +159,7 @@ class ClassWorld:
             # A few classes far below the others: 1/5 at -0.2, 4/5 at +0.05.
             return np.where(generator.random(shape) < 0.2, -0.2, 0.05)
         effects = 0.13 * generator.uniform(-1.0, 1.0, shape)
-        return np.stack([effects[:, 0], -effects[:, 0]], axis=1) if self.kind == "hubs" else effects
+        return np.stack([effects[:, 0], -effects[:, 0]], axis=1) if self.kind == "distinct" else effects
 
 
 def cover_classes(world: ClassWorld, num_replications: int, seed: int = 0) -> dict[str, Coverage]:

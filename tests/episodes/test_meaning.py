@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from contracts.clutter_episodes import clutter_episodes, peaking_mastaf, planted_attention
 from contracts.meaning_episodes import (
     SIGHTS,
     VARIANTS,
@@ -16,12 +17,9 @@ from contracts.meaning_episodes import (
     accuracy,
     appearance_episodes,
     build_trained,
-    clutter_episodes,
     frames_shuffled,
     in_double_precision,
     order_episodes,
-    peaking_mastaf,
-    planted_attention,
 )
 from episodes.build import HEADS
 from episodes.head import HeadOutput
@@ -129,11 +127,11 @@ def test_attention_gain_l_moves_an_average_by_a_whole_feature() -> None:
 
 def test_sharp_attention_helps_with_gain_l_and_hardly_with_the_published_weight() -> None:
     batch = clutter_episodes(0, CLUTTER).batch
-    assert batch.query_labels is not None
 
     def right(head: MastafHead) -> float:
         output: HeadOutput = head(batch)
-        return float((output.logits.argmax(dim=-1) == batch.query_labels).double().mean())
+        assert batch.query_labels is not None
+        return float(output.logits.argmax(dim=-1).eq(batch.query_labels).double().mean())
 
     published, gained = right(peaking_mastaf(CLUTTER)), right(peaking_mastaf(CLUTTER, attention_gain="L"))
     assert gained > 0.95

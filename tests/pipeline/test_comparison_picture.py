@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 from PIL import Image
@@ -58,6 +59,7 @@ def test_bars_reach_as_far_as_the_intervals(tmp_path: Path) -> None:
     figure = accuracy_against_cost([CostPoint("one", 0.5, 0.1, 1000, 0.5)], tmp_path / "p.png")
     for axes in figure.axes:
         (bar,) = axes.collections
+        assert isinstance(bar, LineCollection)
         (segment,) = bar.get_segments()
         assert segment[:, 1] == pytest.approx([40.0, 60.0])
         low, high = axes.get_ylim()
@@ -72,7 +74,7 @@ def test_method_without_counted_flops_stands_left_of_the_others_and_says_so(tmp_
     first, second = figure.axes
     assert [text.get_text() for text in first.texts] == ["free (0)", "dear"]
     assert [text.get_text() for text in second.texts] == ["free", "dear"]
-    places = [line.get_xdata()[0] for line in first.get_lines() if line.get_marker() == "o"]
+    places = [float(np.asarray(line.get_xdata())[0]) for line in first.get_lines() if line.get_marker() == "o"]
     assert 0.0 < places[0] < places[1]
 
 

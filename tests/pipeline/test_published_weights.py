@@ -1,4 +1,4 @@
-"""Runs that start from published TRX and STRM checkpoints of the real names and shapes: ResNet-50, 2048 channels, width 1152."""
+"""Runs that start from published TRX, STRM and TA2N checkpoints of the real names and shapes: ResNet-50, 2048 channels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contracts.published_files import as_training_file, filled, resnet_shapes, strm_shapes, trx_shapes
+from contracts.published_files import as_training_file, filled, resnet_shapes, strm_shapes, ta2n_shapes, trx_shapes
 from episodes.build import build_head
 from extract.build import build_backbone
 from extract.config import BackboneConfig, SamplingConfig
@@ -19,8 +19,8 @@ from pipeline.initial_weights import FORMATS, load_initial_weights
 from pipeline.model import ClipEncoder, FewShotModel
 
 SAMPLING = SamplingConfig(num_frames=8, resize_size=64, crop_size=64, normalization="unit")
-SHAPES = {"trx": (2048, 8, 7, 7), "strm": (2048, 8, 7, 7)}
-OPTIONS: dict[str, dict[str, Any]] = {"trx": {}, "strm": {"aux_head": "frozen_random"}}
+SHAPES = {"trx": (2048, 8, 7, 7), "strm": (2048, 8, 7, 7), "ta2n": (2048, 8, 7, 7)}
+OPTIONS: dict[str, dict[str, Any]] = {"trx": {}, "strm": {"aux_head": "frozen_random"}, "ta2n": {}}
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,25 @@ def test_published_checkpoint_fills_head_and_backbone(
         assert torch.equal(loaded[ours], state[theirs]), ours
     if head == "strm":
         assert torch.equal(loaded["head.patches.mixer.4.weight"], state[f"attn_pat{inner}.Bot_MLP.out_fc.weight"])
+
+
+@pytest.mark.parametrize("inner", ["", ".module"], ids=["one GPU", "several GPUs"])
+def test_published_ta2n_checkpoint_fills_head_and_backbone(tmp_path: Path, resnet50: nn.Module, inner: str) -> None:
+    # Its network keeps torchvision's names.
+    state = filled({**resnet_shapes(resnet50, inner, is_numbered=False), **ta2n_shapes()})
+    torch.save(as_training_file(state), tmp_path / "checkpoint.pt")
+    assert (tmp_path / "checkpoint.pt").stat().st_size < 2**20
+    model = model_with(ClipEncoder(resnet50, SAMPLING), "ta2n")
+    load_initial_weights(model, tmp_path / "checkpoint.pt")
+    loaded = model.state_dict()
+    for ours, theirs in {
+        "encoder.backbone.conv1.weight": f"resnet{inner}.conv1.weight",
+        "encoder.backbone.layer4.2.bn3.running_var": f"resnet{inner}.layer4.2.bn3.running_var",
+        "head.alignment.temporal.network.first.weight": "align.firststage.locnet.0.weight",
+        "head.alignment.coordination.network.second_norm.running_mean": "align.secondstage.mvnet.5.running_mean",
+    }.items():
+        assert torch.equal(loaded[ours], state[theirs]), ours
+    assert torch.equal(loaded["head.alignment.fusion.key.weight"], state["align.keynet_multi.weight"][:, :, 0])
 
 
 def test_head_on_the_cache_takes_its_part_alone(tmp_path: Path, resnet50: nn.Module) -> None:
