@@ -1,28 +1,32 @@
-"""The table of docs/heads.md: parameters and multiply-accumulates of every head on the cubes of two usual backbones.
+"""The table of docs/heads.md: what every head sees, its parameters, and its multiply-accumulates on the cubes of two usual backbones.
 
 python benchmarks/head_table.py [--write]    prints the table, or puts it into docs/heads.md; nothing is timed, so that any machine
                                              gives the same one
 """
 
-# C channels, T time steps, H W grid
+# E episodes; C channels, T time steps, H W grid
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # E402: the path above comes first, since the benchmarks are no package.
+from contracts.meaning_episodes import SIGHTS  # noqa: E402
 from episodes.batch import EpisodeBatch  # noqa: E402
 from episodes.build import HEADS, build_head  # noqa: E402
 from pipeline.compute_cost import count_macs  # noqa: E402
 
 CUBES = {"ResNet-50, 8 frames": (2048, 8, 7, 7), "R3D-50, 16 frames": (2048, 1, 7, 7)}
 # Tuples need several time steps; with one, TRX compares whole videos.
+BEGIN = "<!-- table: begin (benchmarks/head_table.py --write) -->"
+END = "<!-- table: end -->"
 SINGLE_STEP = {"trx": {"cardinalities": [1]}, "strm": {"cardinalities": [1]}}
 
 
@@ -51,6 +55,29 @@ def cost(name: str, shape: tuple[int, int, int, int]) -> tuple[int, int] | None:
     return parameters, count_macs(lambda: head(batch))
 
 
+def changes(name: str, what: str) -> bool:
+    """Whether the scores change when each video's grid is shuffled on its own ("space"), or with the episode's seed ("seed")."""
+    channels, num_steps = SIGHTS[name].shape[:2]
+    shape = (channels, num_steps, 4, 4)
+    head = build_head(name, SIGHTS[name].options, shape, None, False, torch.Generator().manual_seed(0)).double().eval()
+    batch = episode(shape, k_shot=2)
+    batch = replace(batch, support=batch.support.double(), query=batch.query.double())
+    if what == "seed":
+        other = replace(batch, seeds=torch.ones(1, dtype=torch.int64))
+    else:
+        source = torch.Generator().manual_seed(1)
+        other = replace(batch, support=_shuffled(batch.support, source), query=_shuffled(batch.query, source))
+    with torch.no_grad():
+        return not torch.allclose(head(batch).logits, head(other).logits, rtol=1e-9, atol=1e-9)
+
+
+def _shuffled(cubes: torch.Tensor, source: torch.Generator) -> torch.Tensor:
+    """Each video's positions of the grid in another order, the same at every time step."""
+    order = torch.rand(*cubes.shape[:2], 16, generator=source).argsort(dim=-1)  # (1, V, HW)
+    flat = cubes.flatten(-2)
+    return flat.gather(-1, order[:, :, None, None].expand(flat.shape)).reshape(cubes.shape)
+
+
 def cells(found: tuple[int, int] | None) -> str:
     """Two cells of the table."""
     return "- | -" if found is None else f"{found[0]:,} | {found[1] / 1e6:,.1f} M"
@@ -58,15 +85,38 @@ def cells(found: tuple[int, int] | None) -> str:
 
 def row(name: str) -> str:
     """One line of the table."""
-    return f"| `{name}` | {' | '.join(cells(cost(name, shape)) for shape in CUBES.values())} |"
+    order = {"solves": "yes", "weak": "a little", "blind": "no"}[SIGHTS[name].order]
+    space = "yes" if changes(name, "space") else "no"
+    entry = HEADS[name]
+    marks = [
+        *(["experimental"] if entry.is_experimental else []),
+        *(["draws"] if changes(name, "seed") else []),
+        *(["sorts"] if entry.order_reason else []),
+        *(["sum"] if entry.query_reduction == "sum" else []),
+    ]
+    costs = " | ".join(cells(cost(name, shape)) for shape in CUBES.values())
+    return f"| `{name}` | {order}: {SIGHTS[name].reason} | {space} | {', '.join(marks)} | {costs} |"
+
+
+def table() -> str:
+    """The whole table."""
+    heads = [
+        f"| head | order | space | notes | {' | '.join(f'{name}: parameters | MACs' for name in CUBES)} |",
+        "|---|---|---|---|" + "---:|" * (2 * len(CUBES)),
+    ]
+    return "\n".join([*heads, *[row(name) for name in HEADS]])
 
 
 def main() -> None:
-    """Print the table."""
-    print(f"| head | {' | '.join(f'{name}: parameters | MACs' for name in CUBES)} |")
-    print("|---|" + "---:|" * (2 * len(CUBES)))
-    for name in HEADS:
-        print(row(name), flush=True)
+    """Print the table, or put it where it belongs."""
+    text = table()
+    if "--write" not in sys.argv:
+        print(text)
+        return
+    page = ROOT / "docs" / "heads.md"
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
 if __name__ == "__main__":
