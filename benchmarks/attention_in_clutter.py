@@ -1,6 +1,6 @@
 """One discriminative region in clutter: how much attention MASTAF pays to it after training, and what that is worth.
 
-python benchmarks/attention_in_clutter.py          prints the table; CPU, about two minutes on two cores, the same numbers on every run
+python benchmarks/attention_in_clutter.py          prints the table; on a CPU, minutes; the same numbers on every run
 
 Each video shows its class at one of L positions, which varies from video to video, and random vectors of the same length
 elsewhere (`tests/contracts/clutter_episodes.py`). Heads train on 40 classes and are tested on new ones. "Attention on the

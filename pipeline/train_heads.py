@@ -50,8 +50,8 @@ def train_heads(
                 say(f"{run.name}: {describe_validation(line)}")
 
         cards = train_together(runs, choose_device(device), resume, report)
-    say(f"runs: {', '.join(str(run) for _, run in runs)}")
-    say(f"Compare them on the same episodes: mastaf compare {folder}/*")
+    # Named one by one: the first is what the others are held against, and a shell would sort them.
+    say(f"Compare them on the same episodes: mastaf compare {' '.join(str(run) for _, run in runs)}")
     return cards
 
 

@@ -60,7 +60,10 @@ def make_constant_bias_linear(inputs: int, outputs: int, generator: torch.Genera
 
 def over_samples(layer: nn.Module, values: Tensor) -> Tensor:
     """Apply a convolution to (E, M, U, ...); the result is float32 or wider."""
-    found: Tensor = layer(values.flatten(0, 1))
+    # On the CPU, torch (2.15) fills the gradient of a bfloat16 conv3d's weights with whatever was in memory, where the video
+    # has two time steps; so no automatic mixed precision there.
+    with torch.autocast("cpu", enabled=False):
+        found: Tensor = layer(values.flatten(0, 1))
     return at_least_float32(found).reshape(*values.shape[:2], *found.shape[1:])
 
 
