@@ -70,7 +70,7 @@ def _ta2n(options: Mapping[str, Any], is_noisy: bool) -> HeadCase:
         for stage in ("temporal", "coordination")
         for layer in ("first", "second")
     ]
-    too_small = {grid: "4 or more time steps, rows and columns" for grid in ((2, 3, 3), (8, 1, 1), (1, 1, 1))}
+    too_small = dict.fromkeys(((2, 3, 3), (8, 1, 1), (1, 1, 1)), "4 or more time steps, rows and columns")
     return HeadCase(
         "ta2n",
         options,
