@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+_NUM_WORDS = 1 << 16
+_SMALLEST_WORD = -(1 << 15)
+
 
 class EpisodeNoise:
     """Draws of one call of a head. Each episode has its own generator, seeded by the batch; each draw moves it on.
@@ -41,13 +44,28 @@ class EpisodeNoise:
 
         Args:
             values: (E, ...).
-            share: probability of zero, in [0, 1).
+            share: probability of zero, in [0, 1); kept to 1/65536.
             is_on: whether to do anything; dropout is for training.
         """
         if not is_on or share == 0.0:
             return values
-        kept = self.uniform(values.shape[1:]) >= share
-        return values * kept.to(values.device, values.dtype) / (1.0 - share)
+        dropped = round(share * _NUM_WORDS)
+        kept = self._short_words(values[0].numel()) >= dropped + _SMALLEST_WORD
+        mask = kept.reshape(values.shape).to(values.device).to(values.dtype)
+        return values * mask * (_NUM_WORDS / (_NUM_WORDS - dropped))
+
+    def _short_words(self, count: int) -> Tensor:
+        """Whole numbers, each of 65,536 as likely as the others: (E, count) int16 on the CPU.
+
+        Four come from each word of the generator, which takes a ninth of the time of a float32 each; dropout on whole cubes
+        draws tens of millions.
+        """
+
+        def draw(generator: torch.Generator) -> Tensor:
+            words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(1 << 63), None, generator=generator)
+            return words.view(torch.int16)[:count]
+
+        return self._draw(draw)
 
     def _draw(self, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         if self._generators is None:

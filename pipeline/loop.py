@@ -77,7 +77,10 @@ class Learner:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     config: TrainingConfig
     on_step: Callable[[StepRecord], None]
-    """Called after every optimiser step; validation and saving happen in there."""
+    """Called after every optimiser step, to note it."""
+    between_steps: Callable[[], None] = lambda: None
+    """Called when all learners have done a step; validation and saving happen in there, so that one that is stopped leaves the
+    others at the same place."""
     done: int = 0
     """Training episodes done."""
 
@@ -122,6 +125,8 @@ def run_loop(learners: Sequence[Learner], batches: TrainingBatches, device: torc
                     sums.append(_accumulate(learner, batch, chunks[position - 1], step))
             for learner, sums in zip(active, parts, strict=True):
                 _take_step(learner, sums, step)
+            for learner in active:
+                learner.between_steps()
         if ahead is not None:
             ahead.cancel()
 

@@ -81,10 +81,11 @@ def head_configs(path: Path, names: Sequence[str], overrides: Sequence[str]) -> 
         # The recipe's options are those of its own head.
         options = recipe.head.options if name == recipe.head.name else {}
         head_config(name, options)
-        document = {
-            **recipe.model_dump(exclude_unset=True),
-            "head": {**options, "name": name, "array": recipe.head.array},
-        }
+        document = recipe.model_dump(exclude_unset=True)
+        document["head"] = {**options, "name": name, "array": recipe.head.array}
+        if name != recipe.head.name and not any(entry.startswith("training.query_reduction") for entry in shared):
+            # What the recipe says of its own head is no statement about the others: those are as published.
+            document.get("training", {}).pop("query_reduction", None)
         configs[name] = load_config(None, own[name], document)
     return configs
 

@@ -216,9 +216,6 @@ def _begin(job: _Job, is_new: bool) -> None:
 
 def _run(jobs: Sequence[_Job], stop: StopRequest) -> None:
     place = jobs[0].place
-    for job in jobs:
-        if _is_validation_due(job):
-            _validate(job)
     batches = TrainingBatches(
         make_sampler(place.config, place.manifest, "train"),
         place.source,
@@ -232,16 +229,30 @@ def _run(jobs: Sequence[_Job], stop: StopRequest) -> None:
             job.scheduler,
             job.training,
             partial(_after_step, job),
+            partial(_between_steps, job),
             job.progress.episode,
         )
         for job in jobs
     ]
-    run_loop(learners, batches, place.device, stop)
-    unfinished = [job for job in jobs if job.progress.episode < job.training.episodes]
-    if stop.signal_number is not None and unfinished:
-        for job in unfinished:
-            job.save("last.pt")
+    try:
+        for job in jobs:
+            if _is_validation_due(job):
+                _validate(job)
+        run_loop(learners, batches, place.device, stop)
+    except Stopped:
+        # Within the validation of one head; all of them stand between two steps.
+        _save_unfinished(jobs)
+        raise
+    unfinished = _save_unfinished(jobs) if stop.signal_number is not None else []
+    if unfinished:
         raise unfinished[0].stopped()
+
+
+def _save_unfinished(jobs: Sequence[_Job]) -> list[_Job]:
+    unfinished = [job for job in jobs if job.progress.episode < job.training.episodes]
+    for job in unfinished:
+        job.save("last.pt")
+    return unfinished
 
 
 def _after_step(job: _Job, record: StepRecord) -> None:
@@ -249,6 +260,9 @@ def _after_step(job: _Job, record: StepRecord) -> None:
     terms = {f"loss_{name}": value for name, value in record.terms.items()}
     line = {"kind": "step", "episode": record.episode, "loss": record.loss, **terms}
     _log(job, {**line, "accuracy": record.accuracy, "learning_rate": record.learning_rate})
+
+
+def _between_steps(job: _Job) -> None:
     if _is_validation_due(job):
         job.save("last.pt")
         _validate(job)

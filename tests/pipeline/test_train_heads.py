@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from collections.abc import Mapping
@@ -12,11 +13,13 @@ import pytest
 import torch
 
 from cache.open import open_store
-from configs.load import ConfigError, to_toml
+from configs.load import ConfigError, load_config, to_toml
 from configs.schema import RunConfig
 from contracts.world import World
 from extract.build import build_backbone
+from pipeline import training
 from pipeline.checkpoint import load_checkpoint
+from pipeline.evaluation import Accuracy, evaluate_model
 from pipeline.extraction import build_spec, extract_videos, video_sources
 from pipeline.interrupts import Stopped
 from pipeline.settings import SetupError
@@ -91,6 +94,74 @@ def test_stopped_heads_go_on_each_from_its_own_position(recipe: Path, tmp_path: 
     train_together(runs, CPU, resume=True)
     for name in configs:
         assert_same_runs(tmp_path / "whole" / name, tmp_path / "cut" / name)
+
+
+def test_a_signal_while_one_head_validates_loses_no_head_a_step(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = together(recipe, tmp_path / "whole")
+    runs = [(config, tmp_path / "cut" / name) for name, config in configs.items()]
+    validate = evaluate_model
+
+    def validate_and_stop(*arguments: Any) -> Accuracy:
+        if load_checkpoint(tmp_path / "cut/mastaf/last.pt")["progress"]["episode"] == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(*arguments)
+
+    monkeypatch.setattr(training, "evaluate_model", validate_and_stop)
+    with pytest.raises(Stopped):
+        train_together(runs, CPU)
+    monkeypatch.undo()
+    reached = {name: load_checkpoint(tmp_path / f"cut/{name}/last.pt")["progress"]["episode"] for name in configs}
+    assert reached == dict.fromkeys(HEADS, 6)
+    train_together(runs, CPU, resume=True)
+    for name in configs:
+        assert_same_runs(tmp_path / "whole" / name, tmp_path / "cut" / name)
+
+
+def test_what_a_recipe_says_of_its_own_heads_loss_is_no_statement_about_the_others(
+    recipe: Path, tmp_path: Path
+) -> None:
+    summed = tmp_path / "summed.toml"
+    config = load_config(recipe, ["training.query_reduction=sum"])
+    summed.write_text(to_toml(config))
+    own = head_configs(summed, ("mastaf", "neighbor"), ())
+    assert [own[name].training.query_reduction for name in ("mastaf", "neighbor")] == ["sum", None]
+    for_all = head_configs(summed, ("mastaf", "neighbor"), ("training.query_reduction=sum",))
+    assert for_all["neighbor"].training.query_reduction == "sum"
+
+
+PROTOGAN = ("heads.protogan.hidden=16", "training.optimizer=adam", "training.learning_rate=0.01")
+
+
+def changed_parts(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    return {name.removeprefix("head.").split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_parts_that_learn_in_turns_change_in_their_steps_only(recipe: Path, tmp_path: Path) -> None:
+    weights = []
+    for episodes in (0, 3, 6, 9):
+        config = head_configs(recipe, ("protogan",), (*PROTOGAN, f"training.episodes={episodes}"))["protogan"]
+        train(config, tmp_path / str(episodes), CPU)
+        weights.append(model_of(tmp_path / str(episodes)))
+    turns = [changed_parts(*pair) for pair in itertools.pairwise(weights)]
+    assert turns[0] == turns[2] == {"critic"}
+    assert "generator" in turns[1]
+    assert "critic" not in turns[1]
+
+
+def test_turns_go_on_where_a_stop_left_them(recipe: Path, tmp_path: Path) -> None:
+    config = head_configs(recipe, ("protogan",), PROTOGAN)["protogan"]
+    train(config, tmp_path / "whole", CPU)
+
+    def stop_between_turns(line: Mapping[str, Any]) -> None:
+        if line["kind"] == "step" and line["episode"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        train(config, tmp_path / "cut", CPU, report=stop_between_turns)
+    train(config, tmp_path / "cut", CPU, resume=True)
+    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_command_writes_a_run_for_each_head(recipe: Path, tmp_path: Path) -> None:
