@@ -83,6 +83,8 @@ class Learner:
     others at the same place."""
     done: int = 0
     """Training episodes done."""
+    name: str = ""
+    """What errors call it where several learn together; empty: there is one."""
 
 
 def run_loop(learners: Sequence[Learner], batches: TrainingBatches, device: torch.device, stop: StopRequest) -> None:
@@ -168,8 +170,10 @@ def _accumulate(learner: Learner, batch: EpisodeBatch, indices: range, step: ran
     totals = combine(losses, model.loss_weights, reduction)  # (E,)
     if not bool(torch.isfinite(totals).all()):
         bad = [index for index, total in zip(indices, totals.tolist(), strict=True) if not math.isfinite(total)]
+        whose = f" of {learner.name}" if learner.name else ""
+        rate = f"heads.{learner.name}.training.learning_rate" if learner.name else "training.learning_rate"
         raise TrainingError(
-            f"the loss is not finite in training episodes {bad}. Lower training.learning_rate, or look at these episodes' videos; "
+            f"the loss{whose} is not finite in training episodes {bad}. Lower {rate}, or look at these episodes' videos; "
             "last.pt is of the latest validation."
         )
     if totals.requires_grad:  # Neighbor without its classifier has nothing to learn on the cache

@@ -169,8 +169,10 @@ def export_backbone(folder: Path) -> None:
     save_checkpoint(folder / "backbone.pt", {"state_dict": state})
 
 
-def write_card(path: Path, place: Workplace, progress: Progress, is_selected: bool) -> dict[str, Any]:
-    """Write what made the run, as JSON; gives it back."""
+def write_card(
+    path: Path, place: Workplace, progress: Progress, is_selected: bool, num_together: int = 1
+) -> dict[str, Any]:
+    """Write what made the run, as JSON; gives it back. `num_together` heads shared the pass, and its seconds."""
     config = place.config
     card = {
         "mode": config.training.mode,
@@ -185,6 +187,7 @@ def write_card(path: Path, place: Workplace, progress: Progress, is_selected: bo
         "test_selected_accuracy_published_protocol": progress.test_selected_accuracy,
         "degraded_videos": dict(sorted(place.source.degraded.items())),
         "seconds": progress.seconds,
+        "heads_trained_together": num_together,
         "split_hash": place.manifest.split_hash,
         "store_fingerprint": place.store.spec.fingerprint if place.store else None,
         "num_parameters": sum(parameter.numel() for parameter in place.model.parameters()),

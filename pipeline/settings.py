@@ -31,6 +31,11 @@ def open_configured_store(config: RunConfig, path: str | None = None) -> Feature
     if not where:
         raise SetupError("store.path is not set. Give --set store.path=FOLDER.zarr (filled by `mastaf extract`).")
     store = open_store(where, kind=config.store.kind)
+    if config.head.array not in store.spec.arrays:
+        store.close()
+        raise SetupError(
+            f"head.array = {config.head.array!r}, but {where} holds {', '.join(sorted(store.spec.arrays))}. Change head.array."
+        )
     differing = _differing(config, store)
     if differing:
         store.close()

@@ -38,6 +38,12 @@ def train_heads(
     configs = head_configs(path, _names(heads), overrides)
     folder = out or Path("runs") / path.stem
     runs = [(config, folder / name) for name, config in configs.items()]
+    new = [name for name in configs if not (folder / name).exists()]
+    if resume and new:
+        raise SetupError(
+            f"--resume: {folder} has no run of {', '.join(new)} yet. Train {'it' if len(new) == 1 else 'them'} by "
+            f"--heads {','.join(new)} without --resume; the episodes are the same."
+        )
     total = sum(config.training.episodes for config in configs.values())
     done = dict.fromkeys(configs, 0)
     with progress(f"train {len(runs)} heads") as on_progress:

@@ -151,7 +151,7 @@ def train_together(
             _begin(job, is_new=checkpoint is None)
             jobs.append(job)
         _run(jobs, stop)
-    return [_finish(job) for job in jobs]
+    return [_finish(job, len(jobs)) for job in jobs]
 
 
 def _make_job(place: Workplace, folder: Path, report: Callable[[Mapping[str, Any]], None], stop: StopRequest) -> _Job:
@@ -231,6 +231,7 @@ def _run(jobs: Sequence[_Job], stop: StopRequest) -> None:
             partial(_after_step, job),
             partial(_between_steps, job),
             job.progress.episode,
+            job.folder.name if len(jobs) > 1 else "",
         )
         for job in jobs
     ]
@@ -318,8 +319,8 @@ def _log(job: _Job, line: dict[str, Any]) -> None:
     job.report(line)
 
 
-def _finish(job: _Job) -> dict[str, Any]:
+def _finish(job: _Job, num_together: int) -> dict[str, Any]:
     job.save("last.pt")
     if isinstance(job.place.model.encoder, ClipEncoder):
         export_backbone(job.folder)
-    return write_card(job.folder / "card.json", job.place, job.progress, job.validation is not None)
+    return write_card(job.folder / "card.json", job.place, job.progress, job.validation is not None, num_together)

@@ -81,19 +81,30 @@ class NearestTuples(nn.Module):
             return -_nearest_distances(query, shots.take(support).flatten(2, 3), is_present).mean(dim=-1)
 
     def _with_dropout(self, frames: EpisodeFrames, support_order: Tensor | None, noise: EpisodeNoise) -> EpisodeFrames:
-        if self.training or not self.is_frozen:
+        if self.training or not self.is_frozen or self.dropout == 0.0:
             support, query = (
                 noise.dropout(values, self.dropout, is_on=self.training) for values in (frames.support, frames.query)
             )
             return EpisodeFrames(support, query)
         # Dropout in evaluation: all queries of an episode share one mask and each support has the one of its place by
         # video id, so that neither the other queries nor the order of supports nor padding changes a score.
-        query_mask = noise.dropout(torch.ones_like(frames.query[:, :1]), self.dropout, is_on=True)
-        support_mask = noise.dropout(torch.ones_like(frames.support), self.dropout, is_on=True)
+        own = own_stream(noise)
+        query_mask = own.dropout(torch.ones_like(frames.query[:, :1]), self.dropout, is_on=True)
+        support_mask = own.dropout(torch.ones_like(frames.support), self.dropout, is_on=True)
         if support_order is not None:
             rank = support_order.argsort(dim=1).argsort(dim=1)[:, :, None, None]
             support_mask = support_mask.gather(1, rank.expand_as(support_mask))
         return EpisodeFrames(frames.support * support_mask, frames.query * query_mask)
+
+
+def own_stream(noise: EpisodeNoise) -> EpisodeNoise:
+    """A new stream for each episode, seeded by the next two numbers of its stream.
+
+    Masks of one cardinality are drawn from it: their number grows with the supports, and taken from the common stream they
+    would move those of the next cardinality on, with padding another way than without.
+    """
+    high, low = (noise.uniform((2,)) * 2.0**24).long().unbind(dim=1)  # 24 bits each, which float32 holds exactly
+    return EpisodeNoise((high << 24) + low)
 
 
 def _nearest_distances(query: Tensor, classes: Tensor, is_present: Tensor) -> Tensor:

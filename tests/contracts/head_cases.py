@@ -114,6 +114,7 @@ _TRX = _trx(
 )
 # Moved far, all units of the auxiliary projections fire and their bias cancels too.
 _STRM_ZERO = {**_TUPLE_ZERO, "patches.key.bias": "the softmax takes away what shifts all scores of a patch"}
+_STRM_ZERO_TWICE = {**_STRM_ZERO, "transformers.1.value.bias": _TUPLE_ZERO["transformers.0.value.bias"]}
 
 
 def _matchingnet(**options: Any) -> HeadCase:
@@ -227,6 +228,12 @@ CASES = [_DEFAULTS.get(name, HeadCase(name, {}, _EXACT_ZERO.get(name, {}))) for 
         "strm",
         {"aux_head": "frozen_random", "hidden": 16, "patches": 2},
         _STRM_ZERO,
+        repeats_matter="each support has dropout of its own, in evaluation too",
+    ),
+    _trx(
+        "strm",
+        {"aux_head": "frozen_random", "cardinalities": [1, 2], "hidden": 8, "patches": 2},
+        _STRM_ZERO_TWICE,
         repeats_matter="each support has dropout of its own, in evaluation too",
     ),
     _ta2n({**_NARROW, "factored": False, "perturb_in_evaluation": False}, is_noisy=False),

@@ -15,7 +15,7 @@ from contracts.head_cases import HeadCase, make_batch, make_head, part, total_lo
 from episodes.batch import EpisodeBatch
 from episodes.build import HEADS, build_head, head_config
 from episodes.heads.strm import StrmHead
-from episodes.heads.strm_auxiliary import FixedLinear, NearestTuples
+from episodes.heads.strm_auxiliary import FixedLinear, NearestTuples, own_stream
 from episodes.heads.tuples import EpisodeFrames, frame_tuples
 from episodes.noise import EpisodeNoise
 from episodes.shots import class_shots
@@ -79,20 +79,30 @@ def test_frozen_projections_keep_their_dropout_in_evaluation() -> None:
 
 
 def test_frozen_dropout_has_one_mask_for_the_queries_and_one_for_each_support_by_id() -> None:
-    head, batch = strm_head({"aux_head": "frozen_random", "dropout": 0.4}), unequal_batch()
+    options = {"aux_head": "frozen_random", "dropout": 0.4, "cardinalities": [2, 3]}
+    head, batch = strm_head(options), unequal_batch()
     assert batch.seeds is not None
     assert batch.support_order is not None
     stages = head.stages(batch)
     plain = EpisodeFrames(stages.support.frames, stages.query.frames)
-    num_supports, (channels, num_steps) = batch.support.shape[1], SHAPE[:2]
     noise = EpisodeNoise(batch.seeds)
-    query_mask = noise.uniform((1, num_steps, channels)) >= 0.4
-    by_id = noise.uniform((num_supports, num_steps, channels)) >= 0.4
-    support_mask = torch.stack([by_id[episode, order] for episode, order in enumerate(batch.support_order)])
-    masked = EpisodeFrames(plain.support * support_mask / 0.6, plain.query * query_mask / 0.6)
-    (nearest,) = head.auxiliary
-    assert isinstance(nearest, NearestTuples)
-    torch.testing.assert_close(stages.auxiliary[0], nearest_by_loop(nearest, masked, batch), rtol=1e-10, atol=1e-12)
+    for nearest, found in zip(head.auxiliary, stages.auxiliary, strict=True):
+        assert isinstance(nearest, NearestTuples)
+        own = own_stream(noise)
+        query_mask = own.dropout(torch.ones_like(plain.query[:, :1]), 0.4, is_on=True)
+        by_id = own.dropout(torch.ones_like(plain.support), 0.4, is_on=True)
+        support_mask = torch.stack([by_id[episode, order] for episode, order in enumerate(batch.support_order)])
+        masked = EpisodeFrames(plain.support * support_mask, plain.query * query_mask)
+        torch.testing.assert_close(found, nearest_by_loop(nearest, masked, batch), rtol=1e-10, atol=1e-12)
+
+
+def test_frozen_dropout_is_another_one_for_each_cardinality_and_episode() -> None:
+    noise = EpisodeNoise(torch.tensor([3, 4, 3]))
+    first, second = (own_stream(noise).uniform((50,)) for _ in range(2))
+    assert torch.equal(first[0], first[2])
+    together = torch.cat([first[:2], second[:2]])
+    assert len({tuple(row) for row in together.tolist()}) == 4
+    assert not torch.equal(first[0], EpisodeNoise(torch.tensor([3])).uniform((50,))[0])
 
 
 def test_frozen_dropout_in_training_is_drawn_for_every_query() -> None:

@@ -22,6 +22,7 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.evaluation import Accuracy, evaluate_model
 from pipeline.extraction import build_spec, extract_videos, video_sources
 from pipeline.interrupts import Stopped
+from pipeline.loop import TrainingError
 from pipeline.settings import SetupError
 from pipeline.train_heads import head_configs, train_heads
 from pipeline.training import train, train_together
@@ -168,6 +169,20 @@ def test_command_writes_a_run_for_each_head(recipe: Path, tmp_path: Path) -> Non
     cards = train_heads(str(recipe), "neighbor, self", tmp_path / "runs", False, "cpu", ("training.episodes=3",))
     assert [card["head"] for card in cards] == ["neighbor", "self"]
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"neighbor", "self"}
+    assert [card["heads_trained_together"] for card in cards] == [2, 2]
+    with pytest.raises(SetupError, match=r"has no run of cross, mastaf yet\. Train them by --heads cross,mastaf without"):
+        train_heads(str(recipe), "cross,neighbor,mastaf", tmp_path / "runs", True, "cpu", ())
+
+
+def test_a_head_that_diverges_is_named_with_its_own_rate(recipe: Path, tmp_path: Path) -> None:
+    overrides = ("training.optimizer=sgd", "heads.cross.training.learning_rate=1e30")
+    with pytest.raises(TrainingError, match=r"the loss of cross is not finite .*heads\.cross\.training\.learning_rate"):
+        train_heads(str(recipe), "mastaf,cross", tmp_path / "runs", False, "cpu", overrides)
+
+
+def test_an_array_that_the_store_does_not_have_is_refused_by_name(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match=r"head\.array = .nope., but .* holds cube\. Change head\.array"):
+        train_heads(str(recipe), "mastaf,cross", tmp_path / "runs", False, "cpu", ("head.array=nope",))
 
 
 @pytest.mark.parametrize(
