@@ -15,6 +15,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 # E402: the path above comes first.
 from contracts.simulated_episodes import (  # noqa: E402
     CLASS_KINDS,
+    NEAR_DUPLICATES,
     ClassWorld,
     Coverage,
     cover_classes,
@@ -25,6 +26,8 @@ from contracts.simulated_episodes import (  # noqa: E402
 
 SPLITS = ((24, 5, 1, 5000), (10, 5, 3, 2000), (10, 5, 3, 200), (6, 5, 3, 2000))
 """Classes, classes of an episode, queries of a class, episodes."""
+FEW_CLASSES = ((8, 5, 3, 2000), (7, 5, 3, 2000))
+"""As well, of near-duplicates: where the interval begins to hold less than it says."""
 
 
 def heading(first: str, *others: str) -> None:
@@ -55,8 +58,9 @@ def main() -> None:
         "paired difference over episodes",
         "paired difference over classes",
     )
-    for kind in CLASS_KINDS:
-        for num_classes, n_way, n_query, num_episodes in SPLITS:
+    for kind in (*CLASS_KINDS, NEAR_DUPLICATES):
+        splits = (*SPLITS, *FEW_CLASSES) if kind == NEAR_DUPLICATES else SPLITS
+        for num_classes, n_way, n_query, num_episodes in splits:
             world = ClassWorld(kind, num_classes, n_way, n_query, num_episodes, gain=0.02)
             show(f"{kind}, {num_classes} classes, {num_episodes} episodes", cover_classes(world, replications))
     heading("a recipe trained again", "over seeds and episodes", "over episodes")

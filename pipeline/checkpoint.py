@@ -60,10 +60,15 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> Any:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises many types here, for a cut file as for a hostile one
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{path} cannot be read as a checkpoint ({reason}). Is the file whole, and from a source you trust?"
+            f"{path} cannot be read as a checkpoint ({_plain_reason(error)}). Is the file whole, and from a source you trust?"
         ) from error
+
+
+def _plain_reason(error: Exception) -> str:
+    """The first sentence that says what is wrong; torch's advice to load without weights_only is none for a damaged file."""
+    lines = [line for line in str(error).splitlines() if line.strip() and "weights_only" not in line]
+    return lines[0].split(". ")[0].rstrip(".") if lines else type(error).__name__
 
 
 def _sync_folder(folder: Path) -> None:

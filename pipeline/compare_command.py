@@ -14,9 +14,9 @@ from pipeline.checkpoint import write_file
 from pipeline.comparison import Asked, Comparison, compare_runs
 from pipeline.comparison_report import episode_arrays, to_csv, to_json
 from pipeline.comparison_rows import Row, recipe_rows, run_rows
-from pipeline.comparison_table import to_text
+from pipeline.comparison_table import counted, to_text
 from pipeline.console import progress, say, shortened
-from pipeline.settings import SetupError
+from pipeline.output_folder import check_output_folder
 from pipeline.setup import choose_device
 
 
@@ -38,17 +38,18 @@ def compare_folders(
         The JSON-able report and the table as text.
 
     Raises:
-        SetupError: as `compare_runs`, or `out` is a file.
+        SetupError: as `compare_runs`, or `out` is no folder to write into.
     """
-    if out is not None and out.exists() and not out.is_dir():
-        raise SetupError(f"--out {out} is a file; give a folder.")
+    if out is not None:
+        check_output_folder(out)
     asked = Asked(split, episodes, shots, queries, seed, store_path, manifest)
-    with progress(f"compare {len(runs)} runs") as on_progress:
+    with progress(f"compare {counted(len(runs), 'run')}") as on_progress:
         comparison = compare_runs(runs, asked, choose_device(device), on_progress)
     left_out = comparison.episodes.left_out
     if left_out:
         say(
-            f"note: {len(left_out)} videos of {comparison.episodes.split} are not in all stores, so no episode uses them: "
+            f"note: {counted(len(left_out), 'video')} of {comparison.episodes.split} {'is' if len(left_out) == 1 else 'are'} not in "
+            f"all stores, so no episode uses {'it' if len(left_out) == 1 else 'them'}: "
             f"{shortened([f'{name} ({reason})' for name, reason in sorted(left_out.items())])}; split hash "
             f"{comparison.episodes.whole_split_hash[:12]} -> {comparison.episodes.manifest.split_hash[:12]}"
         )

@@ -15,6 +15,7 @@ from pipeline.strips import DOTS_PER_INCH, GRID, INK, MUTED, Page, save_figure
 
 FRONT_COLOUR, OTHER_COLOUR, CHANCE_COLOUR = "#0b2f57", "#86aede", "#b4432f"
 _PLOT_WIDTH, _FONT_SIZE = 4.3, 9.0
+_LEGEND = "nothing cheaper is as accurate; bars are 95 % intervals; differences are paired: see the table"
 _LINE_HEIGHT = 0.2
 """Of one label, inches."""
 
@@ -69,7 +70,7 @@ def accuracy_against_cost(
     second.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     page.text(0.2, page.height - 0.3, title, fontsize=12.5, weight="bold")
     page.text(left, 0.2, "● ", fontsize=10, color=FRONT_COLOUR)
-    page.text(left + 0.2, 0.2, "nothing cheaper is as accurate; bars are 95 % intervals", fontsize=9, color=MUTED)
+    page.text(left + 0.2, 0.2, _LEGEND, fontsize=9, color=MUTED)
     return save_figure(figure, path)
 
 

@@ -23,8 +23,9 @@ METHODS = {
     "class_interval95": f"over other classes in the place of these: bootstrap over the classes of the split ({NUM_RESAMPLES} resamples)",
     "difference.interval95": "half width of the difference to the first, paired over the episodes (Student)",
     "difference.unpaired_interval95": "half width if the two had been scored on different episodes",
-    "difference.p_value": "paired t-test over the episodes, two-sided, not adjusted",
-    "difference.p_value_holm": "the same, adjusted for the number of rows by Holm's method",
+    "difference.p_value": "paired t-test over the episodes, two-sided, not adjusted; null where all differences are one "
+    "number other than 0",
+    "difference.p_value_holm": "the same, adjusted for the number of rows by Holm's method; the p of the table",
     "flops_per_episode": "head alone, one episode, torch.utils.flop_counter: matrix products and convolutions; MACs are half of it",
     "milliseconds_per_episode": "head alone, median over calls after a warm-up",
 }

@@ -27,6 +27,7 @@ from pipeline.statistics import (
     difference_over_seeds,
     mean_and_interval,
     mean_over_seeds,
+    paired_values,
 )
 
 SEED_KEYS = ("training.seed", "episodes.seed")
@@ -50,11 +51,11 @@ class Row:
     seeds: SeedMean | None
     """Of a recipe."""
     class_interval: Interval | None
-    """Over other classes; None where it cannot be had."""
+    """Over other classes, within 0 and 1; None where it cannot be had."""
     difference: Difference | None
     """To the first row of its kind; None in the first one itself."""
     adjusted_p_value: float | None
-    """After Holm, over all rows of its kind."""
+    """After Holm, over all rows of its kind; None where the difference has no p-value."""
     class_difference: Interval | None
     """Of the difference, over other classes."""
     cost: HeadCost
@@ -162,6 +163,7 @@ def _row(group: _Group, first: _Group, difference: Difference | None, adjusted: 
     outcomes = group.runs[0].score.outcomes
     assert outcomes is not None
     classes = outcomes.episode_classes
+    over_classes = class_interval(per_episode, classes)
     costs = [run.cost for run in group.runs]
     return Row(
         name=group.name,
@@ -170,10 +172,10 @@ def _row(group: _Group, first: _Group, difference: Difference | None, adjusted: 
         accuracy=accuracy,
         interval95=seeds.interval95 if seeds else interval95,
         seeds=seeds,
-        class_interval=class_interval(per_episode, classes),
+        class_interval=over_classes.within(0.0, 1.0) if over_classes else None,
         difference=difference,
         adjusted_p_value=adjusted,
-        class_difference=class_interval(per_episode - first.scores.mean(axis=0), classes) if difference else None,
+        class_difference=class_interval(paired_values(scores, first.scores), classes) if difference else None,
         cost=HeadCost(
             costs[0].parameters,
             costs[0].trainable_parameters,

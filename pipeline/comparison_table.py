@@ -17,17 +17,9 @@ from pipeline.statistics import Interval
 
 _PAGE_WIDTH = 300
 """More than any table needs: nothing is cut, on a narrow terminal lines wrap."""
-COLUMNS = (
-    "accuracy\n%",
-    "on other\nclasses",
-    "difference\nto the first",
-    "if not\npaired",
-    "p",
-    "on other\nclasses",
-    "para-\nmeters",
-    "FLOPs",
-    "milli-\nseconds",
-)
+_ACCURACY = ("accuracy\n%", "on other\nclasses")
+_DIFFERENCE = ("difference\nto the first", "if not\npaired", "p,\nHolm", "on other\nclasses")
+_COST = ("para-\nmeters", "FLOPs", "milli-\nseconds")
 
 
 def to_text(comparison: Comparison, runs: Sequence[Row], recipes: Sequence[Row]) -> str:
@@ -37,7 +29,7 @@ def to_text(comparison: Comparison, runs: Sequence[Row], recipes: Sequence[Row])
     title = (
         f"{episodes.num_episodes} episodes of {episodes.split}, {protocol.n_way}-way {protocol.k_shot}-shot, "
         f"{protocol.n_query} queries {asked}; {len(episodes.manifest.classes(episodes.split))} classes, "
-        f"{len(episodes.manifest.videos_of(episodes.split))} videos"
+        f"{counted(len(episodes.manifest.videos_of(episodes.split)), 'video')}"
     )
     page = io.StringIO()
     Console(file=page, width=_PAGE_WIDTH, color_system=None).print(_table(runs, recipes))
@@ -45,31 +37,34 @@ def to_text(comparison: Comparison, runs: Sequence[Row], recipes: Sequence[Row])
     return "\n".join([title, "", *table, "", *_notes(comparison, runs, recipes)])
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun: "1 run", "2 runs"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def _table(runs: Sequence[Row], recipes: Sequence[Row]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     table.add_column("run", no_wrap=True)
-    for title in COLUMNS:
+    has_differences = len(runs) > 1
+    for title in (*_ACCURACY, *(_DIFFERENCE if has_differences else ()), *_COST):
         table.add_column(title, justify="right", no_wrap=True)
     for row in recipes or runs:
-        table.add_row(*_table_cells(row, ""))
+        table.add_row(*_table_cells(row, "", has_differences))
         if row.is_recipe:
             members = {run.name for run in row.runs}
             for member in runs:
                 if member.name in members:
-                    table.add_row(*_table_cells(member, "  "))
+                    table.add_row(*_table_cells(member, "  ", has_differences))
     return table
 
 
-def _table_cells(row: Row, indent: str) -> list[Text]:
-    difference, cost = row.difference, row.cost
+def _table_cells(row: Row, indent: str, has_differences: bool) -> list[Text]:
+    cost = row.cost
     cells = [
         f"{indent}{row.name}",
         f"{100 * row.accuracy:.2f} ± {100 * row.interval95:.2f}",
         _percent(row.class_interval, ".1f"),
-        f"{100 * difference.mean:+.2f} ± {100 * difference.interval95:.2f}" if difference else "",
-        f"± {100 * difference.unpaired_interval95:.2f}" if difference else "",
-        _p_value(difference.p_value) if difference else "",
-        _percent(row.class_difference, "+.1f") if difference else "",
+        *(_difference_cells(row) if has_differences else ()),
         _short(cost.parameters),
         _short(cost.flops),
         f"{cost.milliseconds:.3g}",
@@ -77,11 +72,25 @@ def _table_cells(row: Row, indent: str) -> list[Text]:
     return [Text(cell) for cell in cells]
 
 
+def _difference_cells(row: Row) -> list[str]:
+    difference = row.difference
+    if difference is None:
+        return [""] * len(_DIFFERENCE)
+    return [
+        f"{100 * difference.mean:+.2f} ± {100 * difference.interval95:.2f}",
+        f"± {100 * difference.unpaired_interval95:.2f}",
+        _p_value(row.adjusted_p_value),
+        _percent(row.class_difference, "+.1f"),
+    ]
+
+
 def _percent(interval: Interval | None, form: str) -> str:
     return "-" if interval is None else f"{100 * interval.low:{form}} to {100 * interval.high:{form}}"
 
 
-def _p_value(value: float) -> str:
+def _p_value(value: float | None) -> str:
+    if value is None:
+        return "-"
     return "< 0.0001" if value < 0.0001 else f"{value:.4f}"
 
 
@@ -105,7 +114,7 @@ def _notes(comparison: Comparison, runs: Sequence[Row], recipes: Sequence[Row]) 
         first = f"{recipes[0].name} (runs: to {runs[0].name})" if recipes else runs[0].name
         lines.append(
             f"difference: to {first}, in points, paired over the episodes; if not paired: its ± on different "
-            "episodes; p: paired t-test, not adjusted."
+            "episodes; p: paired t-test, adjusted for the number of rows after Holm."
         )
     for row in recipes:
         if row.seeds:
@@ -114,7 +123,7 @@ def _notes(comparison: Comparison, runs: Sequence[Row], recipes: Sequence[Row]) 
                 f"the seeds alone ({' and '.join(SEED_KEYS)})."
             )
     facts = hardware()
-    threads = f"{facts['threads']} thread{'' if facts['threads'] == 1 else 's'}"
+    threads = counted(int(facts["threads"]), "thread")
     machine = facts.get("gpu") if comparison.device.type == "cuda" else f"{facts['machine']}, {threads}"
     lines.append(
         f"Cost of the head alone, for one episode: FLOPs of matrix products and convolutions (MACs are half of it); "
@@ -122,7 +131,8 @@ def _notes(comparison: Comparison, runs: Sequence[Row], recipes: Sequence[Row]) 
     )
     if episodes.left_out:
         lines.append(
-            f"{len(episodes.left_out)} videos of {episodes.split} are not in all stores and left out: split "
+            f"{counted(len(episodes.left_out), 'video')} of {episodes.split} {'is' if len(episodes.left_out) == 1 else 'are'} "
+            "not in all stores and left out: split "
             f"{episodes.whole_split_hash[:12]} -> {episodes.manifest.split_hash[:12]}."
         )
     lines.append(

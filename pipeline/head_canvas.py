@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
 from PIL import Image, ImageDraw
 
 from pipeline.strips import GRID, INK, Page, check_frames
@@ -176,6 +178,13 @@ def _rendered(page: Page) -> np.ndarray:
 
 def _rgb(colour: str) -> tuple[int, int, int]:
     return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
+
+
+def text_inches(text: str, size: float, weight: str = "normal") -> float:
+    """How wide a text is on a page, inches."""
+    path = TextPath((0.0, 0.0), text, size=size, prop=FontProperties(weight=weight))
+    # Letters fitted to pixels are up to 3 % wider than their outlines.
+    return 1.03 * float(path.get_extents().x1) / 72.0
 
 
 def wrapped(text: str, width_inches: float, most_lines: int) -> str:

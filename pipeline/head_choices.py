@@ -20,6 +20,7 @@ from pipeline.head_canvas import (
     Film,
     enlarged,
     framed,
+    text_inches,
     write_gif,
 )
 from pipeline.head_view import (
@@ -35,7 +36,7 @@ from pipeline.head_view import (
 from pipeline.strips import DOTS_PER_INCH, GRID, INK, MUTED, Page, join_frames, save_figure
 
 _WIDTH, _LARGEST_PICTURE, _JOIN = 9.6, 1.05, 0.6
-"""Of a page of tuples, inches: all, one frame, and between query and support."""
+"""Of a page, inches: the widest, one frame of a tuple, and between query and support."""
 _MOST_STEPS = 12
 """Time steps of a strip, beside the chosen ones."""
 _MOST_BARS = 30
@@ -58,6 +59,11 @@ class _Strip:
         """Time steps in the picture."""
         return spread_places(self.num_steps, _MOST_STEPS, self.chosen)
 
+    @property
+    def width(self) -> float:
+        """Of all frames that are shown, inches, where the page has room for them."""
+        return len(self.shown) * _LARGEST_PICTURE * 1.05
+
     def pictures(self) -> np.ndarray:
         """One frame for each time step that is shown, the chosen ones framed."""
         frames = enlarged(self.frames[step_frames(len(self.frames), self.num_steps)[self.shown]])
@@ -73,12 +79,16 @@ def draw_tuples(view: EpisodeView, query: int, kind: MapKind, stem: Path, title:
     """The tuple of the query that fits a class best, framed and joined with the one of a support that it attends to most."""
     pairs = [_strips(view, query, kind, shown) for shown in shown_classes(view, query)]
     row_height = 2.0 * (_LARGEST_PICTURE + 0.5) + _JOIN + 0.3
-    page = Page(Figure(figsize=(_WIDTH, 0.6 + row_height * len(pairs)), dpi=DOTS_PER_INCH))
+    strips = [strip for pair in pairs for strip in pair]
+    widths = [text_inches(title, 13.0, "bold")]
+    widths += [max(strip.width, text_inches(strip.title, 10.0, "bold")) for strip in strips]
+    width = min(_WIDTH, max(widths) + 0.4)
+    page = Page(Figure(figsize=(width, 0.6 + row_height * len(pairs)), dpi=DOTS_PER_INCH))
     page.text(0.2, page.height - 0.3, title, fontsize=13, weight="bold")
-    for place, strips in enumerate(pairs):
+    for place, pair in enumerate(pairs):
         top = page.height - 0.6 - place * row_height
         ends = []
-        for number, strip in enumerate(strips):
+        for number, strip in enumerate(pair):
             ends.append(_draw_strip(page, top - number * (_LARGEST_PICTURE + 0.5 + _JOIN), strip, is_lower=number == 1))
         if len(ends) == 2:
             for start, end in zip(ends[0], ends[1], strict=True):
@@ -91,7 +101,7 @@ def draw_tuples(view: EpisodeView, query: int, kind: MapKind, stem: Path, title:
     save_figure(page.figure, stem.with_suffix(".png"))
     if not gif_frames:
         return [stem.with_suffix(".png")]
-    films = [[strip.film() for strip in strips] for strips in pairs]
+    films = [[strip.film() for strip in pair] for pair in pairs]
     return [stem.with_suffix(".png"), write_gif(films, stem.with_suffix(".gif"), title, gif_frames)]
 
 

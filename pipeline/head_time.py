@@ -15,7 +15,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patheffects import Stroke
 
-from pipeline.head_canvas import Film, enlarged, write_gif
+from pipeline.head_canvas import Film, enlarged, text_inches, write_gif
 from pipeline.head_view import (
     SHOWN_SUPPORTS,
     EpisodeView,
@@ -29,7 +29,8 @@ from pipeline.head_view import (
 from pipeline.strips import DOTS_PER_INCH, GRID, HEAT, MUTED, Page, save_figure
 
 _WIDTH = 9.6
-"""Of a page, inches."""
+"""Of a page, inches; one alignment alone may need less."""
+_BAR_LEGEND = "how well two frames go together; ringed: the best of each query frame"
 _MATRIX, _LARGEST_CELL, _SMALLEST_PICTURE, _SIDE = 3.5, 0.5, 0.3, 0.62
 """Of an alignment, inches: the longer side, a cell, a frame beside the cells, and the room for frames."""
 _WARP_FRAMES, _WARP_PICTURE, _WARP_GAP = 8, 0.72, 0.5
@@ -49,6 +50,12 @@ class _Match:
     support_frames: np.ndarray
 
     @property
+    def width(self) -> float:
+        """Of its place on a page, inches."""
+        cells = _SIDE + self.values.shape[1] * _cell(self)
+        return float(max(cells, text_inches(self.title, 9.0, "bold"), text_inches(self.words, 9.0)))
+
+    @property
     def has_best(self) -> np.ndarray:
         """(T,) bool, whether a frame of the query goes with one of the support more than with the others."""
         return np.asarray(np.ptp(self.values, axis=1) > 1e-6 * np.abs(self.values).max())
@@ -64,18 +71,19 @@ def draw_alignment(view: EpisodeView, query: int, kind: MapKind, stem: Path, tit
     num_rows = -(-len(matches) // columns)
     num_steps = matches[0].values.shape[0]
     panel_height = _SIDE + num_steps * _cell(matches[0]) + 0.7
-    page = Page(Figure(figsize=(_WIDTH, num_rows * panel_height + 1.75), dpi=DOTS_PER_INCH))
+    subtitle = f"rows: {view.query_title(query)}; columns: a support"
+    texts = (text_inches(title, 13.0, "bold"), text_inches(subtitle, 10.0), 0.2 + text_inches(_BAR_LEGEND, 8.5))
+    width = _WIDTH if columns > 1 else min(_WIDTH, max(*texts, matches[0].width) + 0.4)
+    page = Page(Figure(figsize=(width, num_rows * panel_height + 1.75), dpi=DOTS_PER_INCH))
     page.text(0.2, page.height - 0.3, title, fontsize=13, weight="bold")
-    page.text(0.2, page.height - 0.62, f"rows: {view.query_title(query)}; columns: a support", fontsize=10)
+    page.text(0.2, page.height - 0.62, subtitle, fontsize=10)
     for place, match in enumerate(matches):
         left = 0.2 + (_WIDTH / 2.0) * (place % columns)
         _draw_match(page, left, page.height - 0.85 - panel_height * (place // columns), match, norm)
     bar = page.axes(0.4, 0.5, 3.4, 0.14)
     page.figure.colorbar(ScalarMappable(norm, HEAT), cax=bar, orientation="horizontal")
     bar.tick_params(labelsize=8, colors=MUTED, length=2)
-    bar.set_xlabel(
-        "how well two frames go together; ringed: the best of each query frame", fontsize=8.5, color=MUTED, loc="left"
-    )
+    bar.set_xlabel(_BAR_LEGEND, fontsize=8.5, color=MUTED, loc="left")
     save_figure(page.figure, stem.with_suffix(".png"))
     if not gif_frames:
         return [stem.with_suffix(".png")]

@@ -17,6 +17,7 @@ from pipeline.console import progress, shortened
 from pipeline.extraction import video_sources
 from pipeline.head_pictures import EpisodeView, ShownVideo, draw_maps
 from pipeline.model import FewShotModel
+from pipeline.output_folder import check_output_folder
 from pipeline.provenance import code_version
 from pipeline.scoring import LoadedRun, load_run
 from pipeline.settings import SetupError
@@ -52,11 +53,17 @@ def draw_run_maps(
         What was written to maps.json, and all files written.
 
     Raises:
-        SetupError: the head gives no maps, there is no such query, or video files are missing.
+        SetupError: the head gives no maps, there is no such query, video files are missing, or `out` is no folder to write
+            into.
     """
+    if out is not None:
+        check_output_folder(out)
     chosen_device = choose_device(device)
     loaded = load_run(run, chosen_device, store_path, manifest)
     split = split or loaded.config.evaluation.split
+    folder = out or run / "maps" / f"{split}_{episode}"
+    if out is None:
+        check_output_folder(folder)
     sampler = make_sampler(loaded.config, loaded.manifest, split)
     drawn = sampler.episode(episode)
     queries = _queries_to_draw(drawn, query)
@@ -68,7 +75,6 @@ def draw_run_maps(
         )
     maps = {name: _as_array(values[0]) for name, values in output.maps.items()}
     view = _view(loaded, drawn, queries, _as_array(output.logits[0]))
-    folder = out or run / "maps" / f"{split}_{episode}"
     with progress("draw") as on_progress:
         gif_frames = loaded.config.sampling.num_frames if with_gifs else 0
         pictures = draw_maps(view, maps, folder, queries, gif_frames, on_progress)

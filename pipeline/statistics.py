@@ -19,6 +19,8 @@ import numpy.typing as npt
 from pipeline.student import quantile95, two_sided_p_value
 
 NUM_RESAMPLES = 10_000
+ROUNDING_NOISE = 1e-12
+"""Accuracies are fractions of small integers: what differs by less than this differs by the order of a sum alone."""
 Floats = npt.NDArray[np.float64]
 
 
@@ -28,6 +30,10 @@ class Interval:
 
     low: float
     high: float
+
+    def within(self, lowest: float, highest: float) -> Interval:
+        """The part of it that is possible at all."""
+        return Interval(max(self.low, lowest), min(self.high, highest))
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +45,9 @@ class Difference:
     """Half width of the paired interval."""
     unpaired_interval95: float
     """Half width if the two had met different episodes: wider, wherever episodes are hard or easy for both."""
-    p_value: float
-    """Two-sided, of no difference on these classes and videos; not adjusted for how many methods are compared."""
+    p_value: float | None
+    """Two-sided, of no difference on these classes and videos; not adjusted for how many methods are compared. 1 where nothing
+    differs; None where all differences are one number other than 0, of which a t-test can say nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +90,29 @@ def difference_over_seeds(scores: Floats, baseline: Floats) -> Difference:
         scores: (S, N) accuracies by seed and episode. A recipe of one run is taken as that run, without a variance of seeds.
         baseline: (S', N).
     """
+    differences = paired_values(scores, baseline)
+    seeds = [*_seed_part(scores), *_seed_part(baseline)]
+    paired = _Spread([_mean_part(differences), *seeds])
+    unpaired = _Spread([_mean_part(scores.mean(axis=0)), _mean_part(baseline.mean(axis=0)), *seeds])
+    mean = float(_without_noise(differences.mean()))
+    return Difference(mean, paired.interval95, unpaired.interval95, paired.p_value(mean))
+
+
+def paired_values(scores: Floats, baseline: Floats) -> Floats:
+    """Mean over seeds of one recipe minus that of another, episode by episode, (N,); rounding noise is 0.
+
+    Args:
+        scores: (S, N) accuracies by seed and episode.
+        baseline: (S', N).
+    """
     if scores.shape[1] != baseline.shape[1] or scores.shape[1] < 2:
         raise ValueError(f"{scores.shape[1]} and {baseline.shape[1]} episodes, but a pair needs the same two or more")
-    ours, theirs = scores.mean(axis=0), baseline.mean(axis=0)
-    seeds = [*_seed_part(scores), *_seed_part(baseline)]
-    paired = _Spread([_mean_part(ours - theirs), *seeds])
-    unpaired = _Spread([_mean_part(ours), _mean_part(theirs), *seeds])
-    mean = float((ours - theirs).mean())
-    return Difference(mean, paired.interval95, unpaired.interval95, paired.p_value(mean))
+    return _without_noise(scores.mean(axis=0) - baseline.mean(axis=0))
+
+
+def _without_noise(values: npt.ArrayLike) -> Floats:
+    found = np.asarray(values, dtype=np.float64)
+    return np.where(np.abs(found) < ROUNDING_NOISE, 0.0, found)
 
 
 def mean_over_seeds(scores: Floats) -> SeedMean:
@@ -106,9 +128,8 @@ def mean_over_seeds(scores: Floats) -> SeedMean:
         raise ValueError(f"{len(scores)} seeds, but a spread over seeds needs two or more")
     seeds = _seed_part(scores)
     both = _Spread([*seeds, _mean_part(scores.mean(axis=0))])
-    return SeedMean(
-        float(scores.mean()), float(scores.mean(axis=1).std(ddof=1)), _Spread(seeds).interval95, both.interval95
-    )
+    spread = math.sqrt(_variance(scores.mean(axis=1)))
+    return SeedMean(float(scores.mean()), spread, _Spread(seeds).interval95, both.interval95)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +141,12 @@ class _Part:
 
 
 def _mean_part(values: Floats) -> _Part:
-    # Equal values leave rounding noise in a variance; they have none.
-    variance = 0.0 if np.ptp(values) == 0.0 else float(values.var(ddof=1)) / len(values)
-    return _Part(variance, len(values) - 1)
+    return _Part(_variance(values) / len(values), len(values) - 1)
+
+
+def _variance(values: Floats) -> float:
+    # Equal values, and equal but for the order of a sum, leave rounding noise in a variance; they have none.
+    return 0.0 if np.ptp(values) < ROUNDING_NOISE else float(values.var(ddof=1))
 
 
 def _seed_part(scores: Floats) -> list[_Part]:
@@ -150,19 +174,23 @@ class _Spread:
         """Half width of Student's interval."""
         return quantile95(self.degrees) * self.error if self.error else 0.0
 
-    def p_value(self, mean: float) -> float:
-        """Of no difference; exact where nothing varies."""
+    def p_value(self, mean: float) -> float | None:
+        """Of no difference; where nothing varies, 1 for a mean of 0 and otherwise undefined."""
         if self.error == 0.0:
-            return 1.0 if mean == 0.0 else 0.0
+            return 1.0 if mean == 0.0 else None
         return two_sided_p_value(mean / self.error, self.degrees)
 
 
-def adjusted_p_values(p_values: Sequence[float]) -> list[float]:
-    """P-values of several comparisons made at once, after Holm: the chance that even one equal pair looks different."""
-    adjusted = [0.0] * len(p_values)
+def adjusted_p_values(p_values: Sequence[float | None]) -> list[float | None]:
+    """P-values of several comparisons made at once, after Holm: the chance that even one equal pair looks different.
+
+    One that is undefined stays so and does not count.
+    """
+    adjusted: list[float | None] = [None] * len(p_values)
+    known = sorted((value, index) for index, value in enumerate(p_values) if value is not None)
     highest = 0.0
-    for place, index in enumerate(sorted(range(len(p_values)), key=lambda each: p_values[each])):
-        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
+    for place, (value, index) in enumerate(known):
+        highest = max(highest, min(1.0, (len(known) - place) * value))
         adjusted[index] = highest
     return adjusted
 

@@ -145,7 +145,7 @@ def damaged_copy(good: Path, target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("ending", ["zarr", "h5"])
+@pytest.mark.parametrize("ending", ["zarr", pytest.param("h5", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("is_dropped_before", [False, True])
 def test_repair_drops_nothing_that_it_cannot_make_from_the_same_files(
     world: World, stores: dict[str, Path], tmp_path: Path, ending: str, is_dropped_before: bool

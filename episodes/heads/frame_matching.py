@@ -13,8 +13,8 @@ from episodes.batch import EpisodeBatch
 from episodes.initial import make_linear
 from episodes.shots import class_means
 
-SMALLEST_NORM_PRODUCT = 1e-12
-"""Below this a frame counts as zero, and its cosine with anything is zero."""
+SMALLEST_NORM = 1e-6
+"""Frames shorter than this count as this long, so that the cosine of a zero frame with anything is zero."""
 
 
 def frame_cosines(query: Tensor, support: Tensor, eps: float) -> Tensor:
@@ -29,11 +29,16 @@ def frame_cosines(query: Tensor, support: Tensor, eps: float) -> Tensor:
         (E, Q, S, T, U).
     """
     of_support = "esuc" if support.ndim == 4 else "eqsuc"
+    # The result is the largest tensor of its heads, and what stands beside it stays for the backward pass: the plain cosine
+    # is one product of unit vectors, and the constant is added in place.
+    if eps == 0.0:
+        units = (nn.functional.normalize(frames, dim=-1, eps=SMALLEST_NORM) for frames in (query, support))
+        return torch.einsum(f"eqtc,{of_support}->eqstu", *units)
     products = torch.einsum(f"eqtc,{of_support}->eqstu", query, support)
     norms = torch.einsum(
         f"eqt,{of_support[:-1]}->eqstu", *(torch.linalg.vector_norm(x, dim=-1) for x in (query, support))
     )
-    return products / (norms + eps).clamp(min=SMALLEST_NORM_PRODUCT)
+    return products / norms.add_(max(eps, SMALLEST_NORM**2))
 
 
 def class_average(values: Tensor, batch: EpisodeBatch) -> Tensor:

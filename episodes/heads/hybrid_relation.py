@@ -62,6 +62,7 @@ class HybridRelation(nn.Module):
         super().__init__()
         scale, weight = position
         self.frame_scale = math.sqrt(channels / scale)
+        # In double precision until the module is cast, for float64 heads.
         self.register_buffer("table", weight * _position_table(num_steps, channels), persistent=False)
         self.rates = rates
         self.intra = IntraRelation(channels, heads, generator)
@@ -70,7 +71,7 @@ class HybridRelation(nn.Module):
 
     def within(self, frames: Tensor, noise: EpisodeNoise) -> Tensor:
         """Frames that have seen the others of their video: (E, V, T, C) to the same, zero or more."""
-        placed = frames * self.frame_scale + self.table
+        placed = frames * self.frame_scale + self.table.to(frames.dtype)
         placed = noise.dropout(placed, self.rates.position, is_on=self.training)
         gained = noise.dropout(self.intra(placed), self.rates.intra, is_on=self.training)
         return F.relu(gained + placed)
@@ -178,8 +179,8 @@ def _join(tokens: Tensor) -> Tensor:
 
 
 def _position_table(num_steps: int, channels: int) -> Tensor:
-    """Position code (T, C) float32: sine in even, cosine in odd channels j, of t / 10000^(2 j / C) (the code's exponent,
+    """Position code (T, C) float64: sine in even, cosine in odd channels j, of t / 10000^(2 j / C) (the code's exponent,
     twice that of the Transformer)."""
     channel = torch.arange(channels, dtype=torch.float64)
     angles = torch.arange(num_steps, dtype=torch.float64)[:, None] / 10000.0 ** (2.0 * channel / channels)
-    return torch.where(channel % 2 == 0, angles.sin(), angles.cos()).float()
+    return torch.where(channel % 2 == 0, angles.sin(), angles.cos())

@@ -40,7 +40,8 @@ class MatchingnetOptions(HeadOptions):
     form: Literal["paper", "closer_look", "feat"] = "paper"
     """How supports vote. "paper": softmax of the cosines over all supports, probabilities summed per class. "closer_look":
     the same with negative cosines set to zero, a factor of 100 and small constants against zero (norm + 1e-5, probability
-    + 1e-6). "feat": inner products of the query with unit supports, summed per class, without a softmax over supports."""
+    + 1e-6). "feat": inner products of the query with unit supports, summed per class, without a softmax over supports, so
+    that there are no weights to show."""
     temperature: float | None = Field(default=None, gt=0.0)
     """Divides the similarities. None: as published, 1 in "paper" and "feat" (a flag there, 1 unless given), 0.01 in
     "closer_look"."""
@@ -65,7 +66,8 @@ class MatchingnetHead(HeadModule):
 
         Args:
             batch: cubes (E, S, C, T, H, W) and (E, Q, C, T, H, W).
-            with_maps: whether to hand back the vote of each support, "support_weights" (E, Q, S); padding has 0.
+            with_maps: whether to hand back the share of each support in the vote, "support_weights" (E, Q, S): they sum to
+                one, padding has 0. Not in the form "feat", whose supports add inner products of any size and sign.
 
         Returns:
             Logits (E, Q, N), logarithms of probabilities but in the form "feat"; "few_shot" losses where the batch has
@@ -82,7 +84,7 @@ class MatchingnetHead(HeadModule):
             votes = self.votes(self.similarity(query, support), batch.support_labels >= 0)
             logits = self.class_scores(votes, batch)
             losses = {} if batch.query_labels is None else {"few_shot": self._losses(logits, batch.query_labels)}
-            maps = {"support_weights": self._weights(votes)} if with_maps else {}
+            maps = {"support_weights": votes.exp()} if with_maps and self.config.form != "feat" else {}
         return HeadOutput(logits, losses, maps)
 
     def similarity(self, query: Tensor, support: Tensor) -> Tensor:
@@ -119,9 +121,6 @@ class MatchingnetHead(HeadModule):
             return query_cross_entropy(logits, labels)
         # The logits are logarithms of probabilities already, in "closer_look" of ones that sum to slightly more than one.
         return -logits.gather(2, labels[..., None]).squeeze(-1)
-
-    def _weights(self, votes: Tensor) -> Tensor:
-        return votes if self.config.form == "feat" else votes.exp()
 
 
 class FullContext(nn.Module):

@@ -1,8 +1,8 @@
 """The ordered alignment of two videos: cheapest paths through their frame distances, hard or smooth.
 
 Paper: Few-Shot Video Classification via Temporal Alignment (OTAM), 2019, https://arxiv.org/abs/1906.11415. Its code was
-never released; the recursion is that of https://github.com/tobyperrett/few-shot-action-recognition, which
-https://github.com/alibaba-mmai-research/HyRSM (commit 3d88d37) has as well:
+never released; the recursion is that of https://github.com/alibaba-mmai-research/HyRSM, commit 3d88d37, and of
+https://github.com/tobyperrett/few-shot-action-recognition, commit 3687f3a:
 
 With a column of zeros before and after the distances D (columns 0 and U + 1), G[l, m] is
 
@@ -10,8 +10,9 @@ With a column of zeros before and after the distances D (columns 0 and U + 1), G
 - in columns 1 and U + 1: D[l, m] + min(G[l-1, m-1], G[l, m-1], G[l-1, m]), where a path may wait;
 - elsewhere D[l, m] + min(G[l-1, m-1], G[l, m-1]);
 
-with min(x) = -smoothing log sum exp(-x / smoothing). The distance is the last entry. Deviation: the sum of exponentials
-is taken relative to its largest term, so that long videos do not underflow.
+with min(x) = -smoothing log sum exp(-x / smoothing). The distance is the last entry. The second repository's earlier commit
+0b5b5b8 has no waiting in column U + 1: min(G[l-1, m-1], G[l, m-1]) there too. Deviation: the sum of exponentials is taken
+relative to its largest term, so that long videos do not underflow.
 """
 
 # T U time steps of the two videos; "..." stands for any axes in front

@@ -1,11 +1,16 @@
 """OTAM: ordered temporal alignment of query and support frames.
 
 Paper: Few-Shot Video Classification via Temporal Alignment, 2019, https://arxiv.org/abs/1906.11415. Its code was never
-released; consulted: https://github.com/tobyperrett/few-shot-action-recognition and
-https://github.com/alibaba-mmai-research/HyRSM, commit 3d88d37, whose forms agree. Deviations: all pairs at once, a stable
-logarithm, the mean of both directions and the hard minimum as options. The head has no parameters (the library trains the
-backbone through it); `projection` adds the layer that https://github.com/jbertrand89/matching_based_fsar trains in front
-of OTAM on frozen features.
+released; consulted: https://github.com/alibaba-mmai-research/HyRSM, commit 3d88d37, and
+https://github.com/tobyperrett/few-shot-action-recognition ("the library"), commit 3687f3a, whose forms agree: the sum of
+both directions, and 0.01 added to the product of the norms. An earlier commit of the library, 0b5b5b8 (the one read for
+`pal.py` and `tsn_mean.py`), differs in three ways: it takes the mean of both directions, adds nothing to the norms, and in
+the column after the last frame a path comes from the left only, so that it cannot wait there. `directions = "mean"`,
+`eps = 0` give that version but for the column, which is not offered.
+
+Deviations: all pairs at once, a stable logarithm, the mean of both directions and the hard minimum as options. The head has
+no parameters (the library trains the backbone through it); `projection` adds the layer that
+https://github.com/jbertrand89/matching_based_fsar trains in front of OTAM on frozen features.
 """
 
 # E episodes, Q queries, S supports, N classes; C channels, T U time steps of query and support, H W grid
@@ -22,14 +27,15 @@ from episodes.shots import frame_vectors
 
 
 class OtamConfig(HeadOptions):
-    """Knobs of OTAM. Defaults are those of the library."""
+    """Knobs of OTAM. Defaults are those of HyRSM's repository and of the library's commit 3687f3a."""
 
     directions: Directions = "sum"
-    """How the alignment of the query to the support and that of the support to the query are joined (library: sum)."""
+    """How the alignment of the query to the support and that of the support to the query are joined (code: sum;
+    the library's earlier commit 0b5b5b8: mean)."""
     eps: float = Field(default=0.01, ge=0.0)
-    """Added to the product of the norms in the cosine (library: 0.01)."""
+    """Added to the product of the norms in the cosine (code: 0.01; the library's earlier commit 0b5b5b8: none)."""
     smoothing: float = Field(default=0.1, ge=0.0)
-    """Smoothing of the minimum over paths, in units of distance (paper and library: 0.1); 0 is the hard minimum."""
+    """Smoothing of the minimum over paths, in units of distance (paper and code: 0.1); 0 is the hard minimum."""
     projection: int = Field(default=0, ge=0)
     """Width of a linear layer with layer normalisation in front of the matching; 0: none (library). On a cache, where
     the backbone is frozen, it is what there is to train (matching_based_fsar: 1152)."""

@@ -18,13 +18,17 @@ class SineTable(nn.Module):
     table: Tensor
 
     def __init__(self, num_places: int, channels: int) -> None:
-        """Make a table of half as many rows again as there are places, the published length."""
+        """Make a table of half as many rows again as there are places, the published length.
+
+        It is kept in double precision until the module is cast, so that a float64 head adds the formula's own numbers; one
+        that comes from a published file has single precision.
+        """
         super().__init__()
-        self.register_buffer("table", sine_table(int(1.5 * num_places), channels).float()[None])
+        self.register_buffer("table", sine_table(int(1.5 * num_places), channels)[None])
 
     def forward(self, values: Tensor) -> Tensor:
-        """Features (..., L, C) with the first L rows added."""
-        return values + self.table[0, : values.shape[-2]]
+        """Features (..., L, C) with the first L rows added, in the features' precision."""
+        return values + self.table[0, : values.shape[-2]].to(values.dtype)
 
 
 def sine_table(length: int, channels: int) -> Tensor:

@@ -434,7 +434,7 @@ def kill_writers(url: str, num_kills: int, seed: int) -> None:
 
 
 def test_killed_writers_lose_no_acknowledged_row(url: str) -> None:
-    kill_writers(url, num_kills=5, seed=0)
+    kill_writers(url, num_kills=3, seed=0)
 
 
 @pytest.mark.slow

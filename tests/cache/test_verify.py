@@ -46,7 +46,7 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "num_flips", [40, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.campaign, pytest.mark.timeout(900)])]
+    "num_flips", [15, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.campaign, pytest.mark.timeout(900)])]
 )
 def test_every_bit_flip_is_found_and_mended_and_nothing_else_is_touched(
     kind: str, num_flips: int, tmp_path: Path

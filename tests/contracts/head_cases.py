@@ -16,6 +16,8 @@ from episodes.heads.mastaf import MastafHead
 from episodes.losses import combine
 
 NUM_GLOBAL_CLASSES = 11
+FAMILY = ("mastaf", "neighbor", "self", "cross")
+"""MASTAF and its ablations, which share their options."""
 CUBE_SHAPE = (8, 2, 3, 2)
 LONG_FEATURES = (64, 2, 1, 1)
 """Cubes for heads whose published learning rate or temperature is for features of some length: their averages have one."""
@@ -42,6 +44,8 @@ class HeadCase:
     """Why no gradient reaches the supports; empty: it does."""
     repeats_matter: str = ""
     """Why a support given twice changes the logits; empty: it does not."""
+    map_sizes: Mapping[str, int] = field(default_factory=dict)
+    """Axes of its maps (`episodes.maps`) whose size is not that of the cube -> their size."""
     single_precision: float = 1e-5
     """Largest difference of logits between float32 and float64."""
     perturbation: float = 0.2
@@ -147,7 +151,16 @@ _RELATION_ZERO = {
 
 
 def _arn(exact_zero: Mapping[str, str] = _RELATION_ZERO, is_slow: bool = False, **options: Any) -> HeadCase:
-    return HeadCase("arn", options, exact_zero, perturbation=0.02, learning_rate=0.005, num_steps=10, is_slow=is_slow)
+    return HeadCase(
+        "arn",
+        options,
+        exact_zero,
+        map_sizes={"T": 1},
+        perturbation=0.02,
+        learning_rate=0.005,
+        num_steps=10,
+        is_slow=is_slow,
+    )
 
 
 def _protogan(**options: Any) -> HeadCase:
@@ -175,7 +188,7 @@ _DEFAULTS = {
     **_EXPERIMENTAL_DEFAULTS,
     **_METRIC_DEFAULTS,
     "trx": _TRX,
-    "strm": _trx("strm", {}, _STRM_ZERO, perturbation=0.02),
+    "strm": _trx("strm", {}, _STRM_ZERO, map_sizes={"H": 4, "W": 4}, perturbation=0.02),
     "ta2n": _ta2n({}, is_noisy=True),
 }
 
@@ -187,6 +200,7 @@ CASES = [_DEFAULTS.get(name, HeadCase(name, {}, _EXACT_ZERO.get(name, {}))) for 
         {"share_cam": False, "residual": False, "attention_gain": "L", "train_similarity": "pooled"},
         {"cam_self.reduce.bias": SHIFT_REASON, "cam_cross.reduce.bias": SHIFT_REASON},
     ),
+    HeadCase("mastaf", {"average_time": True}, _EXACT_ZERO["mastaf"], map_sizes={"T": 1}),
     HeadCase("mastaf", {"meta_learner": False, "global_pooling": "averaged", "fusion": "prob_mean"}),
     HeadCase("neighbor", {"preset": "paper_stable", "global_input": "query_true_cross"}),
     HeadCase("protonet", {"distance": "cosine"}),
@@ -228,12 +242,14 @@ CASES = [_DEFAULTS.get(name, HeadCase(name, {}, _EXACT_ZERO.get(name, {}))) for 
         "strm",
         {"aux_head": "frozen_random", "hidden": 16, "patches": 2},
         _STRM_ZERO,
+        map_sizes={"H": 2, "W": 2},
         repeats_matter="each support has dropout of its own, in evaluation too",
     ),
     _trx(
         "strm",
         {"aux_head": "frozen_random", "cardinalities": [1, 2], "hidden": 8, "patches": 2},
         _STRM_ZERO_TWICE,
+        map_sizes={"H": 2, "W": 2},
         repeats_matter="each support has dropout of its own, in evaluation too",
     ),
     _ta2n({**_NARROW, "factored": False, "perturb_in_evaluation": False}, is_noisy=False),

@@ -230,14 +230,16 @@ class HeadContract:
             make_head(case)(make_batch(cube_shape=other))
 
     def test_maps_have_the_axes_of_their_names(self, case: HeadCase) -> None:
-        batch = batch_for(case)
-        output: HeadOutput = make_head(case).eval()(batch, with_maps=True)
-        sizes = {"E": 2, "S": batch.support.shape[1], "Q": 4, "N": 3, "2": 2}
+        # Sizes that differ from one another, so that no axis passes for another.
+        shape = (case.cube_shape[0], 5, 7, 8)
+        batch = make_batch(cube_shape=shape)
+        output: HeadOutput = make_head(case, shape).eval()(batch, with_maps=True)
+        sizes = {"E": 2, "S": 6, "Q": 4, "N": 3, "T": 5, "U": 5, "H": 7, "W": 8, "2": 2, **case.map_sizes}
         for name, values in output.maps.items():
-            axes = axes_of(name).split()
-            assert values.ndim == len(axes), name
-            for letter, size in zip(axes, values.shape, strict=True):
-                assert size == sizes.get(letter, size), (name, letter)
+            number = name.rpartition("_")[2]
+            members = {"K": int(number)} if number.isdigit() else {}
+            expected = [{**sizes, **members}[letter] for letter in axes_of(name).split()]
+            assert list(values.shape) == expected, name
 
 
 def train_toy(head: HeadModule, batch: EpisodeBatch, case: HeadCase) -> None:

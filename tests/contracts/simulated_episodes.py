@@ -116,6 +116,8 @@ def cover_fixed_universe(num_replications: int, num_episodes: int) -> dict[str, 
 
 POPULATION_ACCURACY = 0.6
 CLASS_KINDS = ("independent", "distinct", "skewed")
+NEAR_DUPLICATES = "near-duplicates"
+NUM_GROUPS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +126,12 @@ class ClassWorld:
 
     Each class is easy or hard by itself, a weak or strong rival of others, and similar to some: the chance of a right query
     is 0.6 + own effect - mean effect of the rivals + mean effect of the pairs + the luck of the episode, all with mean 0.
+    Of near-duplicates each class belongs to one of `NUM_GROUPS` groups, and classes of a group cannot be told apart: with d of
+    its group among the rivals, the chance is divided by 1 + d.
     """
 
     kind: str = "independent"
-    """Own and rival effect of a class: "independent", "distinct" (an easy class is a weak rival too) or "skewed"."""
+    """Own and rival effect of a class: "independent", "distinct" (an easy class is a weak rival too) or "skewed"; or "near-duplicates"."""
     num_classes: int = 12
     n_way: int = 5
     n_query: int = 3
@@ -137,21 +141,46 @@ class ClassWorld:
 
     def draw(self, generator: np.random.Generator) -> tuple[Floats, npt.NDArray[np.int64]]:
         """(2, N) accuracies of the two methods, and the classes (N, K) of the episodes, on one new split."""
+        chances, classes = (
+            self._near_duplicates(generator) if self.kind == NEAR_DUPLICATES else self._effects(generator)
+        )
+        # Both methods meet the same queries: a query's chance number is one for both.
+        drawn = generator.random((self.num_episodes, self.n_way, self.n_query))
+        return (drawn < chances[..., None]).mean(axis=(2, 3)), classes
+
+    def _draw_classes(self, generator: np.random.Generator) -> npt.NDArray[np.int64]:
+        shape = (self.num_episodes, self.num_classes)
+        return np.argsort(generator.random(shape), axis=1)[:, : self.n_way]
+
+    def _near_duplicates(self, generator: np.random.Generator) -> tuple[Floats, npt.NDArray[np.int64]]:
+        """(2, N, K) chances of a right query, and the classes; the second method loses half as much by a duplicate."""
+        own = 0.05 * generator.uniform(-1.0, 1.0, self.num_classes)
+        groups = generator.integers(NUM_GROUPS, size=self.num_classes)
+        classes = self._draw_classes(generator)
+        of_episode = groups[classes]
+        kept = 1.0 / (of_episode[:, :, None] == of_episode[:, None, :]).sum(axis=2)
+        # The mean of 1 / (1 + d), d binomial: each rival is of the query's group with a chance of 1 / groups.
+        mean_kept = (1.0 - (1.0 - 1.0 / NUM_GROUPS) ** self.n_way) * NUM_GROUPS / self.n_way
+        luck = generator.choice([-0.1, 0.1], (self.num_episodes, 1))
+        first = (POPULATION_ACCURACY / mean_kept + own[classes] + luck) * kept
+        half = (1.0 + kept) / 2.0
+        second = ((POPULATION_ACCURACY + self.gain) / ((1.0 + mean_kept) / 2.0) + own[classes] / 2.0 + luck) * half
+        return np.stack([first, second]), classes
+
+    def _effects(self, generator: np.random.Generator) -> tuple[Floats, npt.NDArray[np.int64]]:
+        """(2, N, K) chances of a right query, and the classes."""
         effects = self._class_effects(generator)  # (C, 2)
         pairs = 0.05 * generator.uniform(-1.0, 1.0, (self.num_classes, self.num_classes))
-        shape = (self.num_episodes, self.num_classes)
-        classes = np.argsort(generator.random(shape), axis=1)[:, : self.n_way]
+        classes = self._draw_classes(generator)
         own, rival = effects[classes, 0], effects[classes, 1]
         others = self.n_way - 1
         together = pairs[classes[:, :, None], classes[:, None, :]]  # (N, K, K)
         together[:, range(self.n_way), range(self.n_way)] = 0.0
         effect = own - (rival.sum(axis=1, keepdims=True) - rival) / others + together.sum(axis=2) / others
         luck = generator.choice([-0.1, 0.1], (self.num_episodes, 1))
-        chance = generator.random((self.num_episodes, self.n_way, self.n_query))
-        # Both methods meet the same queries: a query's chance number is one for both.
-        first = chance < (POPULATION_ACCURACY + effect + luck)[:, :, None]
-        second = chance < (POPULATION_ACCURACY + self.gain + effect / 2.0 + luck)[:, :, None]
-        return np.stack([first.mean(axis=(1, 2)), second.mean(axis=(1, 2))]), classes
+        first = POPULATION_ACCURACY + effect + luck
+        second = POPULATION_ACCURACY + self.gain + effect / 2.0 + luck
+        return np.stack([first, second]), classes
 
     def _class_effects(self, generator: np.random.Generator) -> Floats:
         shape = (self.num_classes, 2)
@@ -198,5 +227,6 @@ def rejections(num_replications: int, num_episodes: int, values: Sequence[float]
     for _ in range(num_replications):
         first = generator.random((1, num_episodes))
         second = first + generator.choice(np.asarray(values), (1, num_episodes))
-        rejected += difference_over_seeds(second, first).p_value < 0.05
+        p_value = difference_over_seeds(second, first).p_value
+        rejected += p_value is not None and p_value < 0.05
     return rejected / num_replications

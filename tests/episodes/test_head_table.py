@@ -12,7 +12,8 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "heads.md").read_text()
 
 @pytest.mark.parametrize("name", HEADS)
 def test_row_of_the_docs_is_measured_on_single_maps(name: str) -> None:
-    (written,) = [line for line in PAGE.splitlines() if line.startswith(f"| `{name}` |")]
+    table = PAGE.partition(head_table.BEGIN)[2].partition(head_table.END)[0]
+    (written,) = [line for line in table.splitlines() if line.startswith(f"| `{name}` |")]
     single = head_table.CUBES["R3D-50, 16 frames"]
     assert written.endswith(f"| {head_table.cells(head_table.cost(name, single))} |")
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from episodes.build import HEADS, build_head, head_config
+from contracts.head_cases import FAMILY
+from episodes.build import build_head, head_config
 from episodes.heads.mastaf import MastafHead
 from episodes.heads.mastaf_config import PRESETS, MastafConfig
 
@@ -116,7 +117,7 @@ def test_an_option_without_effect_is_refused_by_name(name: str, options: dict[st
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", FAMILY)
 def test_a_preset_may_set_what_has_no_effect(name: str) -> None:
     config = head_config(name, {"preset": "paper", "global_input": "query_true_cross"})
     assert isinstance(config, MastafConfig)
@@ -125,7 +126,7 @@ def test_a_preset_may_set_what_has_no_effect(name: str) -> None:
 
 def test_ablations_differ_from_mastaf_in_their_branches_only() -> None:
     whole = head_config("mastaf", {}).model_dump()
-    for name in HEADS:
+    for name in FAMILY:
         changed = {key: value for key, value in head_config(name, {}).model_dump().items() if value != whole[key]}
         assert set(changed) <= {"self_attention", "cross_attention"}
         assert len(changed) == {"mastaf": 0, "neighbor": 2, "self": 1, "cross": 1}[name]

@@ -63,18 +63,25 @@ def test_loss_of_the_feat_form_is_the_cross_entropy() -> None:
     torch.testing.assert_close(output.losses["few_shot"], expected)
 
 
-@pytest.mark.parametrize("form", ["paper", "closer_look", "feat"])
+@pytest.mark.parametrize("form", ["paper", "closer_look"])
 def test_weights_of_the_supports_explain_the_scores_and_padding_has_none(form: str) -> None:
     batch = uneven_batch()
     output = make_head(HeadCase("matchingnet", {"form": form})).eval()(batch, with_maps=True)
     weights = output.maps["support_weights"]
     assert weights.shape == (2, 4, 9)
+    assert weights.min() >= 0.0
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones_like(weights[..., 0]))
     assert not weights.transpose(1, 2)[batch.support_labels < 0].any()
     for label in range(3):
         sums = (weights * (batch.support_labels == label)[:, None]).sum(dim=-1)
         # One form adds 1e-6 to the probabilities.
-        expected = output.logits if form == "feat" else output.logits.exp()
-        torch.testing.assert_close(sums, expected[..., label], rtol=1e-6, atol=2e-6)
+        torch.testing.assert_close(sums, output.logits[..., label].exp(), rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"full_context": True}], ids=str)
+def test_the_feat_form_has_no_weights_to_show(options: dict[str, bool]) -> None:
+    head = make_head(HeadCase("matchingnet", {"form": "feat", **options})).eval()
+    assert head(uneven_batch(), with_maps=True).maps == {}
 
 
 def test_probabilities_far_below_the_smallest_number_have_finite_logarithms() -> None:

@@ -16,6 +16,7 @@ from episodes.batch import EpisodeBatch
 from episodes.build import HEADS, build_head
 from episodes.head import HeadInputs
 from episodes.heads import tuples as tuples_module
+from episodes.heads.sine_table import SineTable, sine_table
 from episodes.heads.trx import TrxConfig, TrxHead, TupleTransformer
 from episodes.heads.tuples import frame_tuples, project_tuples, query_slices
 from episodes.shots import frame_vectors
@@ -206,6 +207,12 @@ def test_order_of_frames_matters_but_for_single_frames() -> None:
         assert isinstance(transformer, TupleTransformer)
         transformer.positions.table.zero_()
     torch.testing.assert_close(head(turned).logits, head(batch).logits)
+
+
+def test_double_precision_adds_the_numbers_of_the_formula() -> None:
+    values = torch.zeros(5, 6, dtype=torch.float64)
+    torch.testing.assert_close(SineTable(5, 6).double()(values), sine_table(5, 6), rtol=0.0, atol=0.0)
+    assert SineTable(5, 6)(values.float()).dtype == torch.float32
 
 
 def test_dropout_is_the_episodes_own_and_of_training_only() -> None:

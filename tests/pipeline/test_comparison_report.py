@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from contracts.made_runs import NUM_EPISODES, MadeRuns, train_run
 from pipeline import comparison as comparison_module
 from pipeline.compare_command import compare_folders
 from pipeline.comparison import Asked, Comparison, compare_runs
+from pipeline.comparison_report import to_json
 from pipeline.comparison_rows import class_accuracies, recipe_rows, recipes, run_rows
+from pipeline.comparison_table import to_text
 from pipeline.settings import SetupError
 from pipeline.statistics import mean_and_interval
 
@@ -63,6 +66,7 @@ def test_rows_hold_accuracy_difference_and_intervals(found: Comparison) -> None:
             "heads on one cache agree on what is hard"
         )
         assert row.adjusted_p_value is not None
+        assert row.difference.p_value is not None
         assert row.adjusted_p_value >= row.difference.p_value
         assert row.class_difference is not None
         assert row.class_difference.low <= row.difference.mean <= row.class_difference.high
@@ -162,6 +166,10 @@ def test_files_hold_what_was_printed(made: MadeRuns, tmp_path: Path, capsys: pyt
     for digest in (report["split_hash"], report["episode_hash"], report["runs"][0]["store_fingerprint"]):
         assert digest[:12] in text
     assert report["code_version"] in text
+    assert "adjusted for the number of rows after Holm" in text
+    for row in report["runs"][1:]:
+        p_value = row["difference"]["p_value_holm"]
+        assert ("< 0.0001" if p_value < 0.0001 else f"{p_value:.4f}") in text
 
 
 def test_comparing_again_gives_the_same_numbers(made: MadeRuns) -> None:
@@ -177,6 +185,27 @@ def test_out_that_is_a_file_is_refused_before_any_work(made: MadeRuns, tmp_path:
     (tmp_path / "out").write_text("")
     with pytest.raises(SetupError, match="is a file"):
         compare_folders(made.heads, out=tmp_path / "out", device="cpu")
+    with pytest.raises(SetupError, match="nothing can be written into"):
+        compare_folders([tmp_path / "no run"], out=tmp_path / "out" / "within", device="cpu")
+
+
+def test_difference_without_a_p_value_is_a_dash_and_null(found: Comparison) -> None:
+    # The first run's accuracies lowered by one number: its differences never vary.
+    first = found.runs[0]
+    lower = tuple(value - 0.25 for value in first.score.per_episode)
+    second = replace(first, name="lower", score=replace(first.score, per_episode=lower))
+    rows = run_rows(replace(found, runs=(first, second)))
+    assert to_json(found, rows, [])["runs"][1]["difference"]["p_value_holm"] is None
+    assert to_json(found, rows, [])["runs"][1]["difference"]["p_value"] is None
+    (line,) = [line for line in to_text(found, rows, []).splitlines() if line.startswith(" lower ")]
+    assert " - " in line
+
+
+def test_one_run_has_no_columns_of_differences(made: MadeRuns) -> None:
+    _, text = compare_folders(made.heads[:1], device="cpu")
+    assert "difference" not in text
+    assert "Holm" not in text
+    assert "milli-" in text
 
 
 def mastaf(*arguments: object) -> subprocess.CompletedProcess[str]:

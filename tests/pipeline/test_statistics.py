@@ -10,6 +10,7 @@ import pytest
 
 from contracts.simulated_episodes import (
     CLASS_KINDS,
+    NEAR_DUPLICATES,
     ClassWorld,
     cover_classes,
     cover_fixed_universe,
@@ -17,11 +18,13 @@ from contracts.simulated_episodes import (
     rejections,
 )
 from pipeline.statistics import (
+    Interval,
     adjusted_p_values,
     class_interval,
     difference_over_seeds,
     mean_over_seeds,
     paired_difference,
+    paired_values,
 )
 from pipeline.student import quantile95, two_sided_p_value
 
@@ -65,6 +68,7 @@ def test_p_values_stay_above_zero_far_out_and_degrees_must_be_positive() -> None
 def test_paired_difference_is_the_paired_t_test() -> None:
     # Differences 0.2, 0, 0.2, 0.4: mean 0.2, sample variance 0.08 / 3, t = 0.2 / sqrt(0.08 / 12) with 3 degrees.
     found = paired_difference([0.4, 0.8, 0.6, 1.0], [0.2, 0.8, 0.4, 0.6])
+    assert found.p_value is not None
     error = (0.08 / 12) ** 0.5
     assert found.mean == pytest.approx(0.2)
     assert found.interval95 == pytest.approx(quantile95(3) * error)
@@ -83,9 +87,23 @@ def test_equal_scores_differ_by_exactly_nothing() -> None:
     assert found.unpaired_interval95 > 0.0
 
 
-def test_difference_that_never_varies_is_certain() -> None:
-    found = paired_difference([0.5, 0.75, 1.0], [0.25, 0.5, 0.75])
-    assert (found.mean, found.interval95, found.p_value) == (0.25, 0.0, 0.0)
+@pytest.mark.parametrize("num_runs", [1, 3, 5, 7])
+@pytest.mark.parametrize("num_episodes", [2, 3, 600])
+def test_mean_of_equal_runs_differs_by_nothing_whatever_is_rounded(num_runs: int, num_episodes: int) -> None:
+    scores = np.random.default_rng(0).integers(0, 16, (1, num_episodes)) / 15
+    found = difference_over_seeds(np.repeat(scores, num_runs, axis=0), scores)
+    assert (found.mean, found.interval95, found.p_value) == (0.0, 0.0, 1.0)
+    assert not paired_values(np.repeat(scores, num_runs, axis=0), scores).any()
+    if num_runs > 1:
+        assert mean_over_seeds(np.repeat(scores, num_runs, axis=0)).spread == 0.0
+
+
+# Differences of the second pair are 0.2 but for their last digit.
+@pytest.mark.parametrize(("first", "second"), [([0.5, 0.75, 1.0], [0.25, 0.5, 0.75]), ([0.6, 0.8], [0.4, 0.6])])
+def test_difference_that_never_varies_has_no_p_value(first: list[float], second: list[float]) -> None:
+    found = paired_difference(first, second)
+    assert found.mean == pytest.approx(first[0] - second[0])
+    assert (found.interval95, found.p_value) == (0.0, None)
 
 
 def test_interval_excludes_zero_exactly_where_p_is_below_five_percent() -> None:
@@ -93,6 +111,7 @@ def test_interval_excludes_zero_exactly_where_p_is_below_five_percent() -> None:
     for _ in range(200):
         first, second = generator.random((2, 6))
         found = paired_difference(first.tolist(), (first - 0.3 * second).tolist())
+        assert found.p_value is not None
         assert (abs(found.mean) > found.interval95) == (found.p_value < 0.05)
 
 
@@ -132,6 +151,7 @@ def test_adjusted_p_values_are_those_of_holm() -> None:
     assert adjusted_p_values([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert adjusted_p_values([0.9, 0.6]) == [1.0, 1.0]
     assert adjusted_p_values([]) == []
+    assert adjusted_p_values([0.01, None, 0.03]) == [0.02, None, 0.03], "one that is undefined does not count"
 
 
 def all_class_sets(num_classes: int, n_way: int) -> np.ndarray:
@@ -176,6 +196,11 @@ def test_class_interval_of_equal_scores_has_no_width() -> None:
     assert (interval.low, interval.high) == (0.75, 0.75)
 
 
+def test_interval_of_accuracies_ends_where_accuracies_do() -> None:
+    assert Interval(-0.2, 1.3).within(0.0, 1.0) == Interval(0.0, 1.0)
+    assert Interval(0.2, 0.3).within(0.0, 1.0) == Interval(0.2, 0.3)
+
+
 @pytest.mark.parametrize("num_classes", [2, 4])
 def test_no_class_interval_where_every_episode_holds_a_class(num_classes: int) -> None:
     sets = np.tile(np.arange(num_classes), (20, 1))
@@ -202,6 +227,13 @@ def test_intervals_over_classes_hold_the_accuracy_of_the_population(kind: str) -
 def test_interval_over_classes_is_too_wide_rather_than_too_narrow_with_few_episodes() -> None:
     found = cover_classes(ClassWorld(num_classes=10, num_episodes=150), REPLICATIONS)
     assert found["classes"].share > 0.95 - MARGIN
+
+
+def test_interval_over_seven_classes_holds_the_accuracy_where_some_are_near_duplicates() -> None:
+    # With six it does not: docs/compare.md says how often.
+    found = cover_classes(ClassWorld(NEAR_DUPLICATES, 7, num_episodes=1000, gain=0.02), REPLICATIONS)
+    assert found["classes"].share > 0.95 - MARGIN
+    assert found["paired classes"].share > 0.95 - MARGIN
 
 
 @pytest.mark.parametrize("num_seeds", [2, 4])

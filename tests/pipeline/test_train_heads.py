@@ -170,7 +170,9 @@ def test_command_writes_a_run_for_each_head(recipe: Path, tmp_path: Path) -> Non
     assert [card["head"] for card in cards] == ["neighbor", "self"]
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"neighbor", "self"}
     assert [card["heads_trained_together"] for card in cards] == [2, 2]
-    with pytest.raises(SetupError, match=r"has no run of cross, mastaf yet\. Train them by --heads cross,mastaf without"):
+    with pytest.raises(
+        SetupError, match=r"has no run of cross, mastaf yet\. Train them by --heads cross,mastaf without"
+    ):
         train_heads(str(recipe), "cross,neighbor,mastaf", tmp_path / "runs", True, "cpu", ())
 
 
