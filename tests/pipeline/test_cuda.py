@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from cache.store import MemoryStore
+from contracts.head_cases import CASES, make_batch, make_head
 from contracts.world import World
 from extract.build import build_backbone
 from pipeline.extraction import build_spec, extract_videos, video_sources
@@ -47,3 +49,16 @@ def test_training_and_evaluation_run_on_a_gpu(world: World, cuda: torch.device, 
         assert result["episode_hash"]
     train(world.config("training.mode=end_to_end"), tmp_path / "trained", cuda)
     assert scores[1] == pytest.approx(scores[0], abs=0.05)
+
+
+def test_every_head_gives_the_cpus_scores_and_losses_on_a_gpu(cuda: torch.device) -> None:
+    for case in CASES:
+        batch = make_batch(cube_shape=case.cube_shape)
+        for training in (False, True):
+            head = make_head(case).train(training)
+            there = copy.deepcopy(head).to(cuda)
+            expected, found = head(batch), there(batch.to(cuda))
+            # Double precision has no TF32; what is left is the order of sums.
+            torch.testing.assert_close(found.logits.cpu(), expected.logits, rtol=1e-6, atol=1e-6, msg=str(case))
+            for name, term in expected.losses.items():
+                torch.testing.assert_close(found.losses[name].cpu(), term, rtol=1e-6, atol=1e-6, msg=f"{case} {name}")
