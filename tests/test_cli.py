@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import av
 import numpy as np
 import pytest
 
+import cli
 from contracts.world import STEPS, World, make_world
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -183,6 +185,7 @@ def test_strict_extraction_exits_with_3(tmp_path: Path) -> None:
     assert "weights_digest" in other
 
 
+@pytest.mark.slow
 def test_end_to_end_run_is_extracted_again_and_scored_through_its_cubes(small_world: World, tmp_path: Path) -> None:
     run, store = tmp_path / "run", tmp_path / "a store.zarr"
     overrides = [
@@ -246,10 +249,32 @@ def test_end_to_end_run_is_extracted_again_and_scored_through_its_cubes(small_wo
         (["dataset", "splits", "ucf10", "--videos", ".", "--out", "x.csv"], ["ucf101"]),
     ],
 )
-def test_bad_input_is_one_line_that_names_it(arguments: list[str], words: list[str]) -> None:
-    line = refused(*arguments)
+def test_bad_input_is_one_line_that_names_it(
+    arguments: list[str],
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # In this process: other tests show that a process of its own ends with the same code.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mastaf", *arguments])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if not line.startswith("warning:")]
+    assert (stop.value.code, printed.out, len(lines)) == (2, "", 1), printed
     for word in words:
-        assert word in line
+        assert word in lines[0]
+
+
+def test_bad_input_ends_a_process_with_code_2() -> None:
+    assert "mastaf list recipes" in refused("train", "no_such_recipe")
 
 
 def test_debug_shows_the_traceback() -> None:

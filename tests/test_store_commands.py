@@ -146,7 +146,7 @@ def damaged_copy(good: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize("ending", ["zarr", pytest.param("h5", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("is_dropped_before", [False, True])
+@pytest.mark.parametrize("is_dropped_before", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_repair_drops_nothing_that_it_cannot_make_from_the_same_files(
     world: World, stores: dict[str, Path], tmp_path: Path, ending: str, is_dropped_before: bool
 ) -> None:
@@ -175,6 +175,7 @@ def test_repair_drops_nothing_that_it_cannot_make_from_the_same_files(
     assert content_hash(store) == content_hash(wanted)
 
 
+@pytest.mark.slow
 def test_shard_with_videos_that_the_manifest_lacks_is_kept(
     world: World, stores: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -195,6 +196,7 @@ def test_shard_with_videos_that_the_manifest_lacks_is_kept(
     assert content_hash(store) == content_hash(stores["zarr"])
 
 
+@pytest.mark.slow
 def test_rows_that_are_lost_or_changed_are_counted_apart(world: World, stores: dict[str, Path], tmp_path: Path) -> None:
     store = damaged_copy(stores["zarr"], tmp_path / "S.zarr")
     with open_store(store) as opened:
@@ -248,20 +250,18 @@ def test_removed_videos_are_gone_and_conversion_gives_the_space_back(stores: dic
     assert "'up/0' is not in the store" in done.stderr
 
 
-def test_plan_gives_the_bytes_and_files_that_extraction_makes(world: World, tmp_path: Path) -> None:
-    for ending in ("zarr", "h5"):
-        store = tmp_path / f"S.{ending}"
-        plan = printed(
-            "store", "plan", store, "--manifest", world.manifest_path, *BACKBONE, *SET_SMALL, "--sample", "10"
-        )
-        assert list(tmp_path.glob(".mastaf-plan*")) == []
-        assert not store.exists()
-        assert plan["num_rows"] == 21
-        assert plan["seconds"] > 0
-        extract(world.manifest_path, store)
-        files = [file for file in store.rglob("*") if file.is_file()]
-        assert plan["num_files"] == len(files)
-        assert plan["num_bytes"] == pytest.approx(sum(file.stat().st_size for file in files), rel=0.02)
+@pytest.mark.parametrize("ending", ["zarr", pytest.param("h5", marks=pytest.mark.slow)])
+def test_plan_gives_the_bytes_and_files_that_extraction_makes(world: World, tmp_path: Path, ending: str) -> None:
+    store = tmp_path / f"S.{ending}"
+    plan = printed("store", "plan", store, "--manifest", world.manifest_path, *BACKBONE, *SET_SMALL, "--sample", "10")
+    assert list(tmp_path.glob(".mastaf-plan*")) == []
+    assert not store.exists()
+    assert plan["num_rows"] == 21
+    assert plan["seconds"] > 0
+    extract(world.manifest_path, store)
+    files = [file for file in store.rglob("*") if file.is_file()]
+    assert plan["num_files"] == len(files)
+    assert plan["num_bytes"] == pytest.approx(sum(file.stat().st_size for file in files), rel=0.02)
     again = printed("store", "plan", store, "--manifest", world.manifest_path, *BACKBONE, *SET_SMALL, "--sample", "10")
     assert again["num_rows"] == 0
 

@@ -300,6 +300,7 @@ def test_lock_has_one_holder_at_a_time(url: str) -> None:
     assert files.read("count") == b"12"
 
 
+@pytest.mark.slow
 def test_lock_of_a_dead_holder_is_taken_and_that_of_a_living_one_is_not(url: str) -> None:
     holder, waiter = ObjectFiles(url, 2.0), ObjectFiles(url, 2.0)
     got: list[str] = []

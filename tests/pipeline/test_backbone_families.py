@@ -64,7 +64,10 @@ def test_every_backbone_belongs_to_a_tested_family() -> None:
     assert all(any(name.startswith(prefix) for prefix in prefixes.values()) for name in BACKBONES)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=pytest.mark.slow) if name in ("torchvision", "r3d") else name for name in FAMILIES],
+)
 def test_run_is_rebuilt_as_it_was_and_its_cubes_score_the_same(world: World, tmp_path: Path, family: str) -> None:
     config = family_config(world, family, tmp_path)
     train(config, tmp_path / "run", CPU)

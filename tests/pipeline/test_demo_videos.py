@@ -132,22 +132,26 @@ def looks(frames: np.ndarray) -> np.ndarray:
     return np.concatenate([values.mean(axis=(2, 3)), values.std(axis=(2, 3)), texture], axis=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, NUM_FRAMES // 2, NUM_FRAMES - 1])
 def test_single_frames_do_not_tell_the_class(videos: np.ndarray, index: int) -> None:
     assert nearest_mean_accuracy(looks(videos[:, :, index])) <= AT_MOST_BY_GUESSING
 
 
+@pytest.mark.slow
 def test_average_frame_does_not_tell_the_class(videos: np.ndarray) -> None:
     blocks = videos.mean(axis=2).reshape(len(SEEN), -1, 8, FRAME_SIZE // 8, 8, FRAME_SIZE // 8, 3).mean(axis=(3, 5))
     assert nearest_mean_accuracy(blocks.reshape(*videos.shape[:2], -1)) <= AT_MOST_BY_GUESSING
 
 
+@pytest.mark.slow
 def test_a_tint_of_each_class_would_be_noticed(videos: np.ndarray) -> None:
     """The control of the two tests above: were the classes coloured, they would fail."""
     tint = np.linspace(-40.0, 40.0, len(SEEN)).reshape(-1, 1, 1, 1, 1) * np.array([1.0, 0.0, -1.0])
     assert nearest_mean_accuracy(looks(videos[:, :, 0] + tint)) > AT_MOST_BY_GUESSING
 
 
+@pytest.mark.slow
 def test_motion_does_tell_the_class(videos: np.ndarray) -> None:
     """The same classifier on where things change tells directions apart."""
     moving = videos[: len(DIRECTIONS)].astype(np.float64)

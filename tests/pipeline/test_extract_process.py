@@ -122,7 +122,7 @@ def reference(world: World, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     ("number", "place", "code"),
     [
-        (signal.SIGTERM, "forward", 143),
+        pytest.param(signal.SIGTERM, "forward", 143, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, "commit", 130, marks=pytest.mark.slow),
         (signal.SIGUSR1, "decoding", 143),
         pytest.param(signal.SIGINT, "decoding", 130, marks=pytest.mark.slow),

@@ -102,7 +102,7 @@ def kind_names() -> set[str]:
     ("view", "time_steps", "other_steps", "grid", "num_frames"),
     [
         (rightly(grey_view(n_way=2, num_steps=1)), 1, 1, (1, 3), 7),
-        (grey_view(k_shot=3, num_frames=9, num_steps=4), 4, 6, (2, 5), 0),
+        pytest.param(grey_view(k_shot=3, num_frames=9, num_steps=4), 4, 6, (2, 5), 0, marks=pytest.mark.slow),
     ],
 )
 def test_every_named_map_can_be_drawn(
