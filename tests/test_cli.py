@@ -166,6 +166,7 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("cli"), 2)
 
 
+@pytest.mark.slow
 def test_strict_extraction_exits_with_3(tmp_path: Path) -> None:
     small_world = make_world(tmp_path / "world", 2)
     (small_world.folder / "videos/jump/0.mp4").write_bytes(b"gone")
