@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from episodes.datasets import Manifest, write_manifest
 from episodes.video import Video
 from extract.build import build_backbone
 from pipeline import training
+from pipeline.comparison import Asked, Comparison, compare_runs
 from pipeline.extraction import build_spec
 from pipeline.settings import DIGEST
 
@@ -102,3 +104,8 @@ def make_runs(folder: Path) -> MadeRuns:
         for seed in (1, 2)
     ]
     return MadeRuns(world, store_path, heads, seeds)
+
+
+def compared(folders: Sequence[Path], **asked: Any) -> Comparison:
+    """Compare runs on the CPU; `asked` are the fields of `Asked`."""
+    return compare_runs(folders, Asked(**asked), CPU)

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from contracts.made_runs import MadeRuns, make_runs
+from contracts.made_runs import MadeRuns, compared, make_runs
 from contracts.world import World, make_world, write_clip
+from pipeline import comparison
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +41,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def few_timed_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that do not look at what is timed."""
+    monkeypatch.setattr(comparison, "TIMED_CALLS", 1)
+    monkeypatch.setattr(comparison, "TIMED_EPISODES", 2)
+
+
+@pytest.fixture(scope="session")
+def found(made: MadeRuns) -> comparison.Comparison:
+    """The four heads, compared once; read only."""
+    return compared(made.heads)

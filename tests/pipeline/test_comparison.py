@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from contracts.made_runs import NUM_EPISODES, MadeRuns, fill_store, train_run
+from contracts.made_runs import NUM_EPISODES, MadeRuns, compared, fill_store, train_run
 from contracts.world import World
 from episodes.batch import EpisodeBatch
 from episodes.datasets import Manifest, exclude, write_manifest
@@ -25,25 +24,8 @@ from pipeline.scoring import evaluate_run, load_run
 from pipeline.settings import SetupError
 from pipeline.sources import assemble
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "few_timed_calls")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _few_timed_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is timed is not looked at here."""
-    monkeypatch.setattr(comparison_module, "TIMED_CALLS", 1)
-    monkeypatch.setattr(comparison_module, "TIMED_EPISODES", 2)
-
-
-@pytest.fixture(scope="module")
-def found(made: MadeRuns) -> Comparison:
-    """The four heads, compared once."""
-    return compared(made.heads)
-
-
-def compared(folders: Sequence[Path], **asked: Any) -> Comparison:
-    return compare_runs(folders, Asked(**asked), CPU)
 
 
 def test_every_run_gets_the_score_that_evaluate_gives_it(made: MadeRuns, found: Comparison) -> None:

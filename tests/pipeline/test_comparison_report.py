@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,36 +15,18 @@ import numpy as np
 import pytest
 import torch
 
-from contracts.made_runs import NUM_EPISODES, MadeRuns, train_run
-from pipeline import comparison as comparison_module
+from contracts.made_runs import NUM_EPISODES, MadeRuns, compared, train_run
 from pipeline.compare_command import compare_folders
-from pipeline.comparison import Asked, Comparison, compare_runs
+from pipeline.comparison import Comparison
 from pipeline.comparison_report import to_json
 from pipeline.comparison_rows import class_accuracies, recipe_rows, recipes, run_rows
 from pipeline.comparison_table import to_text
 from pipeline.settings import SetupError
 from pipeline.statistics import mean_and_interval
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "few_timed_calls")
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _few_timed_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is timed is not looked at here."""
-    monkeypatch.setattr(comparison_module, "TIMED_CALLS", 1)
-    monkeypatch.setattr(comparison_module, "TIMED_EPISODES", 2)
-
-
-@pytest.fixture(scope="module")
-def found(made: MadeRuns) -> Comparison:
-    """The four heads, compared once."""
-    return compared(made.heads)
-
-
-def compared(folders: Sequence[Path], **asked: Any) -> Comparison:
-    return compare_runs(folders, Asked(**asked), CPU)
 
 
 def test_rows_hold_accuracy_difference_and_intervals(found: Comparison) -> None:

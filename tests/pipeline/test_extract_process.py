@@ -160,6 +160,7 @@ def test_signal_stops_within_seconds_wherever_the_run_is(
     assert content_hash(store) == reference
 
 
+@pytest.mark.slow
 def test_second_signal_stops_at_once(world: World, tmp_path: Path, reference: str) -> None:
     store = tmp_path / "s.zarr"
     process = start(command(world, store), str(STUCK), "forward")
