@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -108,11 +109,16 @@ def to_toml(config: RunConfig) -> str:
         nested: list[str] = []
         for key, value in values.items():
             if isinstance(value, dict):
-                nested += [f"\n[{table}.{key}]"] + [f"{name} = {_literal(item)}" for name, item in value.items()]
+                nested += [f"\n[{table}.{key}]"] + [f"{_key(name)} = {_literal(item)}" for name, item in value.items()]
             elif value is not None:
                 lines.append(f"{key} = {_literal(value)}")
         lines += [*(nested if any("=" in line for line in nested) else []), ""]
     return "\n".join(lines)
+
+
+def _key(name: str) -> str:
+    """A key as TOML writes it: bare where it may be."""
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _literal(name)
 
 
 def _literal(value: Any) -> str:

@@ -1,7 +1,7 @@
 """The knobs of a run: the rooms' own value types, put together, and the contradictions between them.
 
 A run is one TOML file with the tables ``[data] [sampling] [backbone] [extraction] [store] [episodes] [head] [training]
-[evaluation]``; every table may be left out where its defaults will do.
+[augmentation] [classify] [evaluation]``; every table may be left out where its defaults will do.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cache.config import StoreConfig
+from configs.training import AugmentationConfig, ClassifyConfig, TrainingConfig
 from episodes.config import DataConfig, EpisodesConfig, EvaluationConfig
 from extract.config import BackboneConfig, SamplingConfig
 
@@ -48,55 +49,6 @@ class HeadConfig(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
-class TrainingConfig(BaseModel):
-    """The one loop, for heads on the cache and for the backbone with its head. Defaults: the MASTAF paper, section 4."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    mode: Literal["cached", "end_to_end"] = "cached"
-    """`cached` reads cubes from the store; `end_to_end` decodes clips and runs the backbone in the loop."""
-    episodes: int = Field(default=20_000, ge=0)
-    """Training episodes in all; 0 only saves the initial weights."""
-    episodes_per_step: int = Field(default=16, ge=1)
-    """Episodes whose mean loss makes one optimiser step (published flag: tasks_per_batch)."""
-    episodes_per_forward: int | None = Field(default=None, ge=1)
-    """Episodes in one forward pass; None: a whole step on the cache, one end to end. Does not change the result."""
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    """As torch provides them."""
-    learning_rate: float = Field(default=0.01, gt=0)
-    """Of the head."""
-    backbone_learning_rate: float | None = Field(default=None, ge=0)
-    """Of the backbone; None: the head's; 0: the backbone is frozen and stays in evaluation mode."""
-    momentum: float = Field(default=0.0, ge=0, lt=1)
-    """Of SGD."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """On every parameter."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate over the run: constant as published, or a cosine to zero."""
-    query_reduction: Literal["mean", "sum"] | None = None
-    """Mean or sum of the loss over the queries of an episode; with the same learning rate the sum is a Q times larger step.
-    None: as the head was published (sum for TRX, STRM and TA2N, mean for the others)."""
-    backbone_batchnorm: Literal["episode", "frozen"] = "episode"
-    """Statistics of the backbone's BatchNorm in training: all clips of one episode jointly, as published, or frozen."""
-    validate_every: int = Field(default=2_000, ge=1)
-    """Training episodes between two validations; the best checkpoint is chosen there."""
-    validation_episodes: int = Field(default=1_000, ge=1)
-    """Fixed episodes of the validation split."""
-    track_test: bool = False
-    """Also score the test split at every validation, only to print the published, test-selected number as its own line.
-    The checkpoint is chosen on the validation split all the same."""
-    seed: int = Field(default=0, ge=0, lt=1 << 63)
-    """Of the head's initial weights."""
-    initial_weights: str | None = None
-    """A run's checkpoint or a published STAF checkpoint to start from."""
-    decode_threads: int = Field(default=2, ge=1)
-    """Videos decoded at the same time, end to end."""
-    clip_cache_bytes: int = Field(default=1 << 30, ge=0)
-    """Memory for decoded clips, end to end; a (video, view) that is in there is not decoded again."""
-    cube_cache_bytes: int = Field(default=8 << 30, ge=0)
-    """Memory for cubes; a store that fits is read from disk once."""
-
-
 class RunConfig(BaseModel):
     """Everything that decides a run. `model_fields_set` of each table tells what the user wrote."""
 
@@ -110,6 +62,8 @@ class RunConfig(BaseModel):
     episodes: EpisodesConfig = EpisodesConfig()
     head: HeadConfig = HeadConfig()
     training: TrainingConfig = TrainingConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
+    classify: ClassifyConfig = ClassifyConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
@@ -130,22 +84,10 @@ class RunConfig(BaseModel):
                 f"extraction.forward_batch = {self.extraction.forward_batch}; batches must not cross shards."
             )
         training = self.training
-        if training.momentum and training.optimizer != "sgd":
+        if training.mode != "classify" and self.classify != ClassifyConfig():
+            raise ValueError('[classify] has options, but training.mode is not "classify". Set it, or leave the table out.')
+        if training.mode == "cached" and self.augmentation != AugmentationConfig():
             raise ValueError(
-                f"training.momentum = {training.momentum} has no effect on {training.optimizer}; it is of sgd."
-            )
-        if training.mode == "cached" and training.backbone_learning_rate:
-            raise ValueError(
-                f"training.backbone_learning_rate = {training.backbone_learning_rate}, but on the cache there is no backbone to learn. "
-                'Set training.mode = "end_to_end".'
-            )
-        if training.mode == "end_to_end" and self.extraction.compute_dtype == "float16":
-            raise ValueError(
-                'extraction.compute_dtype = "float16" would lose small gradients end to end. Use "bfloat16" or "float32".'
-            )
-        if (training.episodes_per_forward or 1) > training.episodes_per_step:
-            raise ValueError(
-                f"training.episodes_per_forward = {training.episodes_per_forward} is more than "
-                f"training.episodes_per_step = {training.episodes_per_step}."
+                "[augmentation] changes pixels, but cubes are read from the cache. Leave the table out, or train end to end."
             )
         return self
