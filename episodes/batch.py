@@ -17,7 +17,7 @@ class EpisodeBatch:
     """
 
     support: Tensor
-    """(E, S, ...) inputs of the labelled videos; padding rows hold any finite numbers."""
+    """(E, S, ...) inputs of the labelled videos; padding rows hold any finite numbers. S is 0 in classification alone."""
     support_labels: Tensor
     """(E, S) int64, the class of each support within its episode; -1 is padding."""
     query: Tensor
@@ -53,6 +53,11 @@ class EpisodeBatch:
     def num_episodes(self) -> int:
         """E."""
         return int(self.query.shape[0])
+
+    @property
+    def num_videos(self) -> int:
+        """E (S + Q)."""
+        return self.num_episodes * int(self.support.shape[1] + self.query.shape[1])
 
     @property
     def global_labels(self) -> Tensor | None:
@@ -115,6 +120,8 @@ class EpisodeBatch:
             raise ValueError(f"{name} reaches from {smallest} to {largest}, but {allowed} is allowed")
 
     def _check_every_class_has_a_support(self) -> None:
+        if self.support_labels.shape[1] == 0:
+            return  # classification has no supports at all
         classes = torch.arange(self.n_way)
         present = (self.support_labels[:, :, None] == classes).any(dim=1)
         if not bool(present.all()):

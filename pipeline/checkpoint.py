@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,16 @@ FORMAT = 1
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Newest:
+    """A checkpoint that was found."""
+
+    path: Path
+    content: dict[str, Any]
+    problems: tuple[str, ...]
+    """What is wrong with others that were passed over."""
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -26,13 +39,25 @@ def write_file(path: Path, data: bytes) -> None:
     _sync_folder(path.parent)
 
 
-def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write tensors, numbers, strings and containers of them."""
+def save_checkpoint(path: Path, content: dict[str, Any], keep: Path | None = None) -> None:
+    """Write tensors, numbers, strings and containers of them, with a digest of them all.
+
+    Args:
+        path: replaced at once; a reader, or a crash, sees the old file or the new one.
+        content: what to write.
+        keep: gets the file that `path` held before, so that there is a good one whatever becomes of the new one.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    content = {"format": FORMAT, **content}
     with aside.open("wb") as file:
-        torch.save({"format": FORMAT, **content}, file)
+        torch.save({**content, "digest": content_digest(content)}, file)
         file.flush()
         os.fsync(file.fileno())
+    if keep is not None and path.exists():
+        second = keep.with_name(f".{keep.name}.{os.getpid()}.partial")
+        second.unlink(missing_ok=True)
+        os.link(path, second)
+        second.replace(keep)
     aside.replace(path)
     _sync_folder(path.parent)
 
@@ -41,12 +66,72 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     """Read a checkpoint of ours.
 
     Raises:
-        CheckpointError: no such file, not a checkpoint, or of another format.
+        CheckpointError: no such file, not a checkpoint, of another format, or not with the values that were written.
     """
     content = load_weights(path, device)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of mastaf format {FORMAT}.")
+    digest = content.pop("digest", None)  # runs of earlier versions have none
+    if digest is not None and digest != content_digest(content):
+        raise CheckpointError(f"{path} is damaged: it does not hold what was written into it. Restore it from a copy.")
     return content
+
+
+def load_newest(paths: Sequence[Path], position: Callable[[dict[str, Any]], int], device: torch.device | str) -> Newest:
+    """The good checkpoint that is furthest on.
+
+    Args:
+        paths: where one may be; those that do not exist are passed over.
+        position: how far on a checkpoint is.
+        device: where its tensors go.
+
+    Raises:
+        CheckpointError: none of them can be read; the reason of the first.
+    """
+    good: list[Newest] = []
+    problems: list[CheckpointError] = []
+    for path in paths:
+        if not path.is_file():
+            continue
+        try:
+            good.append(Newest(path, load_checkpoint(path, device), ()))
+        except CheckpointError as error:
+            problems.append(error)
+    if not good:
+        raise problems[0] if problems else CheckpointError(f"no checkpoint {paths[0]}.")
+    best = max(good, key=lambda each: position(each.content))
+    return Newest(best.path, best.content, tuple(str(problem) for problem in problems))
+
+
+def content_digest(content: Any) -> str:
+    """SHA-256 over a nest of dicts, lists, tensors, numbers and strings; equal for equal values, wherever the tensors are."""
+    digest = hashlib.sha256()
+    _digest_into(digest, content)
+    return digest.hexdigest()
+
+
+def _digest_into(digest: hashlib._Hash, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        tensor = value.detach().cpu().contiguous()
+        digest.update(f"tensor {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    elif isinstance(value, Mapping):
+        digest.update(f"mapping {len(value)}".encode())
+        for key, item in value.items():
+            digest.update(repr(key).encode())
+            _digest_into(digest, item)
+    elif isinstance(value, list | tuple):
+        digest.update(f"list {len(value)}".encode())
+        for item in value:
+            _digest_into(digest, item)
+    else:
+        digest.update(repr(value).encode())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writes of a killed process left in a folder of ours."""
+    for path in folder.glob(".*.partial"):
+        path.unlink(missing_ok=True)
 
 
 def load_weights(path: Path, device: torch.device | str = "cpu") -> Any:

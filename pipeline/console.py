@@ -20,6 +20,11 @@ def stderr_console() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def silence() -> None:
+    """Let this process say nothing more: of several ranks only the first speaks. Errors still go to stderr."""
+    stderr_console().quiet = True
+
+
 def say(message: str) -> None:
     """One line to stderr, printed literally."""
     stderr_console().print(message, markup=False)
@@ -33,7 +38,7 @@ def shortened(names: Sequence[str], most: int = 5) -> str:
 @contextmanager
 def progress(description: str) -> Iterator[Callable[[int, int], None]]:
     """Show the progress of one job; yields a function to call with (done, total)."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not stderr_console().quiet:
         with _bar(description) as update:
             yield update
     else:

@@ -18,6 +18,7 @@ from episodes.batch import EpisodeBatch
 from episodes.sampler import Episode, EpisodeSampler, draw_noise_seed, episode_hash
 from pipeline.call_size import LargestTensor, parts_of
 from pipeline.model import FewShotModel
+from pipeline.ranks import ALONE, Ranks
 from pipeline.sources import Source, assemble
 from pipeline.statistics import mean_and_interval
 
@@ -67,6 +68,7 @@ def evaluate_model(
     num_episodes: int,
     device: torch.device,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ranks: Ranks = ALONE,
 ) -> Accuracy:
     """Score episodes 0 .. num_episodes - 1 in the evaluation view (view 0), without gradients.
 
@@ -77,8 +79,9 @@ def evaluate_model(
         num_episodes: at least 1.
         device: where the model runs.
         on_progress: called with (episodes done, episodes in all).
+        ranks: of this job; each scores its share, and all get the same answer, bit for bit that of one process.
     """
-    return evaluate_models([model], source, sampler, num_episodes, device, on_progress)[0]
+    return evaluate_models([model], source, sampler, num_episodes, device, on_progress, ranks)[0]
 
 
 def evaluate_models(
@@ -88,6 +91,7 @@ def evaluate_models(
     num_episodes: int,
     device: torch.device,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ranks: Ranks = ALONE,
 ) -> list[Accuracy]:
     """As `evaluate_model`, for several models on one pass: each batch is read once and scored by all of them.
 
@@ -95,28 +99,36 @@ def evaluate_models(
         One accuracy for each model, in their order; each is what `evaluate_model` gives.
     """
     source.check(sampler.video_ids, [0])
+    episodes = [sampler.episode(index) for index in range(num_episodes)]
     answers: list[list[npt.NDArray[np.bool_]]] = [[] for _ in models]
-    call_sizes = [1] * len(models)
-    drawn: list[Episode] = []
-    batch_size = 1
     with evaluating(models), torch.no_grad():
-        while len(drawn) < num_episodes:
-            episodes = [
-                sampler.episode(index) for index in range(len(drawn), min(len(drawn) + batch_size, num_episodes))
-            ]
-            batch = evaluation_batch(source, sampler, episodes).to(device)
-            for number, model in enumerate(models):
-                if drawn:
-                    answers[number] += [_is_right(model, part) for part in parts_of(batch, call_sizes[number])]
-                else:
-                    first, call_sizes[number] = _first_call(model, batch)
-                    answers[number].append(first)
-            drawn += episodes
-            if batch_size == 1:
-                batch_size = episodes_per_batch(source, episodes[0])
-            on_progress(len(drawn), num_episodes)
-    digest = episode_hash(drawn)
-    return [_accuracy(drawn, digest, np.concatenate(answered)) for answered in answers]
+        # Every rank asks the first episode how large a call may be; whole batches are shared, so that each is what it is alone.
+        first = evaluation_batch(source, sampler, episodes[:1]).to(device)
+        firsts = [_first_call(model, first) for model in models]
+        for answered, (is_right, _) in zip(answers, firsts, strict=True):
+            answered += [is_right] if ranks.is_first else []
+        size = episodes_per_batch(source, episodes[0])
+        parts = [range(start, min(start + size, num_episodes)) for start in range(1, num_episodes, size)]
+        own = ranks.slice_of(parts)
+        on_progress(1, num_episodes)
+        for number, part in enumerate(own, start=1):
+            batch = evaluation_batch(source, sampler, [episodes[index] for index in part]).to(device)
+            for answered, model, (_, call_size) in zip(answers, models, firsts, strict=True):
+                answered += [_is_right(model, each) for each in parts_of(batch, call_size)]
+            on_progress(num_episodes * number // len(own), num_episodes)
+    digest = episode_hash(episodes)
+    shape = (0, len(episodes[0].query_ids))
+    together = [np.concatenate([np.zeros(shape, dtype=np.bool_), *_all_ranks(answered, ranks)]) for answered in answers]
+    return [_accuracy(episodes, digest, answered) for answered in together]
+
+
+def _all_ranks(answered: list[npt.NDArray[np.bool_]], ranks: Ranks) -> list[npt.NDArray[np.bool_]]:
+    """What all ranks answered, one rank after another, which is the order of the episodes."""
+    together: list[npt.NDArray[np.bool_]] = []
+    for given in ranks.gather(answered):
+        assert isinstance(given, list)
+        together += given
+    return together
 
 
 @contextmanager

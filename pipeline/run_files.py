@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,21 @@ import torch
 from configs.load import load_config, to_toml
 from configs.schema import RunConfig
 from episodes.build import head_config
-from pipeline.checkpoint import load_checkpoint, save_checkpoint, write_file
+from pipeline.checkpoint import Newest, load_checkpoint, load_newest, save_checkpoint
+from pipeline.console import say
 from pipeline.model import ClipEncoder, describe_backbone
-from pipeline.provenance import code_version, hardware, library_versions
+from pipeline.optimisation import Stepper
 from pipeline.settings import SetupError
 from pipeline.setup import Workplace
 
 # May differ between a run and its resumption: they change no number of the training.
 CHANGEABLE = frozenset(
     {
-        "training.decode_threads",
+        "training.decode_workers",
+        "training.batches_ahead",
+        "training.check_videos",
+        "training.loggers",
+        "training.save_seconds",
         "training.clip_cache_bytes",
         "training.cube_cache_bytes",
         "training.initial_weights",
@@ -54,6 +59,19 @@ class Progress:
     """Highest score of the test split; published protocol, never used for selection."""
     seconds: float = 0.0
     """Wall clock of all calls."""
+    best_outcomes_digest: str | None = None
+    """SHA-256 over which queries of the best checkpoint's validation were right."""
+    best_episode_hash: str | None = None
+    """Of the episodes of that validation."""
+    resumptions: int = 0
+    """How often the run was gone on with."""
+    started_utc: str | None = None
+    """When it began, ISO 8601."""
+
+    @classmethod
+    def now(cls) -> Progress:
+        """Of a run that begins."""
+        return cls(started_utc=datetime.now(UTC).isoformat(timespec="seconds"))
 
 
 def refuse_wrong_folder(folder: Path, resume: bool) -> None:
@@ -63,26 +81,32 @@ def refuse_wrong_folder(folder: Path, resume: bool) -> None:
         SetupError: the folder is taken, or there is nothing to resume.
     """
     last = folder / "last.pt"
-    if resume and not (last.is_file() and (folder / "config.toml").is_file()):
+    has_any = last.is_file() or (folder / "previous.pt").is_file()
+    if resume and not (has_any and (folder / "config.toml").is_file()):
         raise SetupError(f"{folder} holds no run to resume (no last.pt). Start it without --resume.")
-    if not resume and last.is_file() and load_checkpoint(last)["progress"]["episode"] > 0:
+    if not resume and has_any and load_for_resume(folder, torch.device("cpu")).content["progress"]["episode"] > 0:
         raise SetupError(f"{folder} holds a run already. Go on with --resume, or choose another --out.")
     if not resume and (folder / "card.json").is_file():
         raise SetupError(f"{folder} holds a finished run already. Choose another --out.")
 
 
-def refuse_other_config(folder: Path, config: RunConfig) -> None:
+def refuse_other_config(folder: Path, config: RunConfig, checkpoint: Mapping[str, Any]) -> None:
     """Refuse to resume with settings that would change the numbers.
+
+    A run may be made longer, where its learning rate does not depend on its length.
 
     Raises:
         SetupError: names every such field with both values.
     """
     stored, wanted = load_config(folder / "config.toml").model_dump(mode="json"), config.model_dump(mode="json")
+    changeable = set(CHANGEABLE)
+    if config.training.schedule != "cosine" and config.training.episodes >= checkpoint["progress"]["episode"]:
+        changeable.add("training.episodes")
     differing = [
         f"{table}.{key}: run {stored[table].get(key)!r}, now {wanted[table].get(key)!r}"
         for table in stored
         for key in sorted({*stored[table], *wanted[table]})
-        if stored[table].get(key) != wanted[table].get(key) and f"{table}.{key}" not in CHANGEABLE
+        if stored[table].get(key) != wanted[table].get(key) and f"{table}.{key}" not in changeable
     ]
     if differing:
         raise SetupError(
@@ -90,36 +114,66 @@ def refuse_other_config(folder: Path, config: RunConfig) -> None:
         )
 
 
-def load_for_resume(folder: Path, device: torch.device) -> dict[str, Any]:
-    """The content of ``folder/last.pt``."""
-    return load_checkpoint(folder / "last.pt", device)
+def load_for_resume(folder: Path, device: torch.device) -> Newest:
+    """The newest good checkpoint of a run.
 
-
-def save_run(
-    path: Path,
-    place: Workplace,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    progress: Progress,
-) -> None:
-    """Write a checkpoint: weights, optimiser, position, resolved config, and what the numbers depend on."""
-    config, encoder = place.config, place.model.encoder
-    save_checkpoint(
-        path,
-        {
-            "model": place.model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "progress": asdict(progress),
-            "config": to_toml(config),
-            "head_options": resolved_head_options(config),
-            "backbone": describe_backbone(encoder.backbone) if isinstance(encoder, ClipEncoder) else None,
-            "classes": {split: list(place.manifest.classes(split)) for split in ("train", "val", "test")},
-            "num_classes": place.num_classes,
-            "split_hash": place.manifest.split_hash,
-            "store_spec": place.store.spec.to_json() if place.store else None,
-        },
+    Raises:
+        CheckpointError: there is none, or none that can be read.
+        SetupError: it is of a version whose runs cannot be gone on with.
+    """
+    found = load_newest(
+        [folder / "last.pt", folder / "previous.pt"], lambda content: int(content["progress"]["episode"]), device
     )
+    if "stepper" not in found.content:
+        raise SetupError(
+            f"{found.path} is of an earlier version, which kept another state. Train anew into another --out."
+        )
+    return found
+
+
+def note_resumption(checkpoint: Newest) -> None:
+    """Say from where a run goes on, and what is wrong with a checkpoint that was passed over."""
+    for problem in checkpoint.problems:
+        say(f"warning: {problem}")
+    say(f"going on from {checkpoint.path} after {checkpoint.content['progress']['episode']} episodes")
+
+
+def save_run(path: Path, place: Workplace, stepper: Stepper, progress: Progress) -> None:
+    """Write a checkpoint: weights, optimiser, position, generators, resolved config, and what the numbers depend on.
+
+    best.pt has the weights that were validated (the moving average, where there is one) and nothing that only training needs;
+    last.pt has everything, and leaves the one before it as previous.pt.
+    """
+    config, encoder = place.config, place.model.encoder
+    is_best = path.name == "best.pt"
+    content: dict[str, Any] = {
+        "model": ((is_best and stepper.averaged_model()) or place.model).state_dict(),
+        "progress": asdict(progress),
+        "config": to_toml(config),
+        "head_options": resolved_head_options(config),
+        "backbone": describe_backbone(encoder.backbone) if isinstance(encoder, ClipEncoder) else None,
+        "classes": {split: list(place.manifest.classes(split)) for split in ("train", "val", "test")},
+        "num_classes": place.num_classes,
+        "split_hash": place.manifest.split_hash,
+        "store_spec": place.store.spec.to_json() if place.store else None,
+    }
+    if is_best:
+        save_checkpoint(path, content)
+        return
+    content |= {"stepper": stepper.state_dict(), "generators": generator_states()}
+    save_checkpoint(path, content, keep=path.with_name("previous.pt"))
+
+
+def generator_states() -> dict[str, Any]:
+    """The state of torch's global generators. Nothing of ours draws from them; a user's own head or backbone may."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def restore_generators(states: Mapping[str, Any]) -> None:
+    """Set torch's global generators to what `generator_states` gave; GPUs as far as there are any."""
+    torch.set_rng_state(states["cpu"].cpu())
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
 
 
 def resolved_head_options(config: RunConfig) -> dict[str, Any]:
@@ -145,55 +199,9 @@ def refuse_other_data(checkpoint: Mapping[str, Any], place: Workplace) -> None:
         )
 
 
-def trim_metrics(path: Path, episode: int, validated_episode: int) -> None:
-    """Drop lines from after the checkpoint; the resumed run writes them again."""
-    if not path.exists():
-        return
-    reached = {"step": episode, "validation": validated_episode}
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break  # the line that the kill tore; nothing after it can be from before the checkpoint
-        if record["episode"] <= reached[record["kind"]]:
-            kept.append(line)
-    write_file(path, "".join(f"{line}\n" for line in kept).encode())
-
-
 def export_backbone(folder: Path) -> None:
     """Write the best checkpoint's backbone as a plain state dict, for `mastaf extract --weights` and for other tools."""
     prefix = "encoder.backbone."
     best = load_checkpoint(folder / "best.pt")["model"]
     state = {name.removeprefix(prefix): value for name, value in best.items() if name.startswith(prefix)}
     save_checkpoint(folder / "backbone.pt", {"state_dict": state})
-
-
-def write_card(
-    path: Path, place: Workplace, progress: Progress, is_selected: bool, num_together: int = 1
-) -> dict[str, Any]:
-    """Write what made the run, as JSON; gives it back. `num_together` heads shared the pass, and its seconds."""
-    config = place.config
-    card = {
-        "mode": config.training.mode,
-        "head": config.head.name,
-        "head_options": resolved_head_options(config),
-        "episodes": progress.episode,
-        "best_episode": progress.best_episode,
-        "selected_on": "val" if is_selected else "nothing (no validation split: last checkpoint)",
-        "val_accuracy": progress.best_accuracy,
-        "val_interval95": progress.best_interval95,
-        "validation_episodes": config.training.validation_episodes,
-        "test_selected_accuracy_published_protocol": progress.test_selected_accuracy,
-        "degraded_videos": dict(sorted(place.source.degraded.items())),
-        "seconds": progress.seconds,
-        "heads_trained_together": num_together,
-        "split_hash": place.manifest.split_hash,
-        "store_fingerprint": place.store.spec.fingerprint if place.store else None,
-        "num_parameters": sum(parameter.numel() for parameter in place.model.parameters()),
-        "code_version": code_version(),
-        "libraries": library_versions(),
-        "hardware": hardware(),
-    }
-    write_file(path, (json.dumps(card, indent=2) + "\n").encode())
-    return card

@@ -89,6 +89,7 @@ class World:
                 "training.episodes_per_step=3",
                 "training.validate_every=6",
                 "training.validation_episodes=8",
+                "training.loggers=[\"csv\"]",
                 *overrides,
             ],
         )

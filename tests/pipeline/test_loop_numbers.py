@@ -29,11 +29,14 @@ from episodes.sampler import EpisodeProtocol, EpisodeSampler, draw_views
 from episodes.video import Video
 from extract.build import build_backbone
 from pipeline import training
+from pipeline.batches import TrainingBatches
 from pipeline.checkpoint import load_checkpoint
 from pipeline.extraction import build_spec, extract_videos, video_sources
 from pipeline.interrupts import Stopped, StopRequest
-from pipeline.loop import Learner, StepRecord, TrainingBatches, run_loop
+from pipeline.learning import Learner, StepRecord, StepSpeed
+from pipeline.loop import run_loop
 from pipeline.model import FewShotModel
+from pipeline.optimisation import Stepper
 from pipeline.setup import prepare
 
 CPU = torch.device("cpu")
@@ -136,17 +139,19 @@ def run_tiny(config: TrainingConfig) -> tuple[list[np.ndarray], list[StepRecord]
     sampler = tiny_sampler()
     batches = TrainingBatches(sampler, Table(sampler.video_ids), {"a": 0, "b": 1, "c": 2}, NUM_VIEWS)
     head = TinyHead()
-    optimizer = torch.optim.SGD(head.parameters(), lr=FIRST_RATE)
+    optimizer = torch.optim.SGD([{"params": head.parameters(), "name": "head"}], lr=FIRST_RATE)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, DECAY_OF_RATE)
     found: list[np.ndarray] = []
     records: list[StepRecord] = []
 
-    def note(record: StepRecord) -> None:
+    def note(record: StepRecord, speed: StepSpeed) -> None:
+        assert speed.clips > 0
         found.append(head.weight.detach().numpy().copy())
         records.append(record)
 
     model = FewShotModel(nn.Identity(), head)
-    learner = Learner(model, optimizer, scheduler, config, note)
+    stepper = Stepper(model, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False))
+    learner = Learner(model, stepper, config, note)
     run_loop([learner], batches, CPU, StopRequest())
     assert learner.done == config.episodes
     return found, records

@@ -21,10 +21,10 @@ from episodes.datasets import Manifest, write_manifest
 from episodes.heads.mastaf import MastafHead
 from extract.build import build_backbone
 from pipeline import training
+from pipeline.batches import TrainingBatches
 from pipeline.checkpoint import load_checkpoint
 from pipeline.extraction import build_spec, extract_videos, video_sources
 from pipeline.interrupts import Stopped
-from pipeline.loop import TrainingBatches
 from pipeline.model import FewShotModel
 from pipeline.settings import SetupError
 from pipeline.setup import build_encoder, build_model, global_index, make_sampler, prepare
@@ -123,24 +123,12 @@ def test_global_labels_count_over_the_classes_that_the_config_says(
     assert batch.class_global_labels.tolist() == [[expected[name] for name in each] for each in names]
 
 
-def test_parameter_groups_carry_their_rates(world: World) -> None:
-    config = world.config("training.mode=end_to_end")
-    encoder = build_encoder(config, CPU)
-    model = FewShotModel(encoder, head_of(config))
-    sizes = [len(list(part.parameters())) for part in (model.head, encoder)]
-    for backbone_rate, expected in ((0.002, [0.05, 0.002]), (None, [0.05, 0.05])):
-        groups: list[Any] = list(model.parameter_groups(0.05, backbone_rate))
-        assert [group["lr"] for group in groups] == expected
-        assert [len(group["params"]) for group in groups] == sizes
-
-
 def test_backbone_with_rate_zero_is_frozen_in_evaluation_mode(world: World) -> None:
     config = world.config("training.mode=end_to_end", "training.backbone_learning_rate=0")
     model = FewShotModel(build_encoder(config, CPU), head_of(config)).train()
     assert model.head.training
     assert not any(module.training for module in build_encoder(config, CPU).train().backbone.modules())
     assert not any(parameter.requires_grad for parameter in model.encoder.parameters())
-    assert [group["lr"] for group in model.parameter_groups(0.05, 0.0)] == [0.05]
 
 
 def test_frozen_batchnorm_stays_in_evaluation_mode(world: World) -> None:

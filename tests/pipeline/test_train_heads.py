@@ -17,12 +17,12 @@ from configs.load import ConfigError, load_config, to_toml
 from configs.schema import RunConfig
 from contracts.world import World
 from extract.build import build_backbone
-from pipeline import training
+from pipeline import training_job
 from pipeline.checkpoint import load_checkpoint
 from pipeline.evaluation import Accuracy, evaluate_model
 from pipeline.extraction import build_spec, extract_videos, video_sources
 from pipeline.interrupts import Stopped
-from pipeline.loop import TrainingError
+from pipeline.learning import TrainingError
 from pipeline.settings import SetupError
 from pipeline.train_heads import head_configs, train_heads
 from pipeline.training import train, train_together
@@ -109,7 +109,7 @@ def test_a_signal_while_one_head_validates_loses_no_head_a_step(
             os.kill(os.getpid(), signal.SIGTERM)
         return validate(*arguments)
 
-    monkeypatch.setattr(training, "evaluate_model", validate_and_stop)
+    monkeypatch.setattr(training_job, "evaluate_model", validate_and_stop)
     with pytest.raises(Stopped):
         train_together(runs, CPU)
     monkeypatch.undo()

@@ -20,7 +20,7 @@ from configs.load import to_toml
 from configs.schema import RunConfig
 from contracts.world import World
 from extract.build import build_backbone
-from pipeline import training
+from pipeline import training, training_job
 from pipeline.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, write_file
 from pipeline.evaluation import Accuracy
 from pipeline.extraction import build_spec, extract_videos, video_sources
@@ -164,7 +164,7 @@ def test_best_checkpoint_follows_validation_and_never_the_test_split(
     def fake(_model: object, _source: object, sampler: Any, episodes: int, *_rest: object) -> Accuracy:
         return Accuracy(next(scores[sampler.split]), 0.01, episodes, "hash", ())
 
-    monkeypatch.setattr(training, "evaluate_model", fake)
+    monkeypatch.setattr(training_job, "evaluate_model", fake)
     config = config_of(world, "cached", store_path, "training.validate_every=3", "training.track_test=true")
     card = training.train(config, tmp_path / "run", CPU)
     assert card["best_episode"] == 3

@@ -1,0 +1,89 @@
+"""The batches of training episodes, made ahead of the steps that use them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from episodes.batch import EpisodeBatch
+from episodes.sampler import Episode, draw_noise_seed, draw_views
+from pipeline.sources import Source, assemble
+
+
+class Sampler(Protocol):
+    """What draws training episodes: `EpisodeSampler`, or `ClipSampler` in classification."""
+
+    split_hash: str
+    seed: int
+
+    def episode(self, index: int) -> Episode:
+        """Episode `index`, from 0 on; depends on the index alone."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingBatches:
+    """Makes the batches of training episodes: what to draw, where the inputs come from, how labels count."""
+
+    sampler: Sampler
+    source: Source
+    global_index: Mapping[str, int]
+    """Training class name -> global label."""
+    train_views: int
+    """Each video's view is drawn from 0 .. train_views - 1."""
+    num_ahead: int = 1
+    """Batches that are in the making at most."""
+    num_threads: int = 1
+    """Threads that make them; more than one helps where they wait for decoding processes."""
+
+    def make(self, indices: range) -> EpisodeBatch:
+        """The batch of some training episodes; depends on the indices alone."""
+        sampler = self.sampler
+        episodes = [sampler.episode(index) for index in indices]
+        num_supports = len(episodes[0].support_ids)
+        views = np.stack([self._views(episode) for episode in episodes])  # (E, S + Q)
+        seeds = [draw_noise_seed(sampler.split_hash, sampler.seed, index) for index in indices]
+        return assemble(
+            episodes, self.source, views[:, :num_supports], views[:, num_supports:], self.global_index, seeds
+        )
+
+    def _views(self, episode: Episode) -> npt.NDArray[np.int64]:
+        """(S + Q,) int64."""
+        count = len(episode.support_ids) + len(episode.query_ids)
+        return draw_views(self.sampler.split_hash, self.sampler.seed, episode.index, count, self.train_views)
+
+    def describe(self, index: int) -> dict[str, Any]:
+        """What training episode `index` is made of, as a JSON object."""
+        episode = self.sampler.episode(index)
+        views = [int(view) for view in self._views(episode)]
+        return {**asdict(episode), "views": views}
+
+    @contextmanager
+    def ahead(self, wanted: Iterator[range]) -> Iterator[Callable[[], EpisodeBatch]]:
+        """Make batches in the background; yields a function that gives the next one, in the order of `wanted`."""
+        making: deque[Future[EpisodeBatch]] = deque()
+        with ThreadPoolExecutor(self.num_threads, thread_name_prefix="batches") as pool:
+
+            def begin_another() -> None:
+                indices = next(wanted, None)
+                if indices is not None:
+                    making.append(pool.submit(self.make, indices))
+
+            def next_batch() -> EpisodeBatch:
+                batch = making.popleft().result()
+                begin_another()
+                return batch
+
+            for _ in range(self.num_ahead):
+                begin_another()
+            try:
+                yield next_batch
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)

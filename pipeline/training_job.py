@@ -1,0 +1,189 @@
+"""One run in the making: its folder, its position, what happens after a step and between two."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.training import TrainingConfig
+from episodes.sampler import EpisodeSampler
+from pipeline.batches import TrainingBatches
+from pipeline.checkpoint import write_file
+from pipeline.classify_score import HeldOutScore, score_held_out
+from pipeline.evaluation import Accuracy, evaluate_model
+from pipeline.interrupts import Stopped, StopRequest
+from pipeline.learning import StepRecord, StepSpeed, TrainingError
+from pipeline.model import ClipEncoder, FewShotModel
+from pipeline.optimisation import Stepper
+from pipeline.outcomes import outcomes_digest
+from pipeline.ranks import Ranks
+from pipeline.run_files import Progress, save_run
+from pipeline.run_log import RunLog
+from pipeline.setup import Workplace
+from pipeline.sources import EncodedClips, LiveClips, Source
+
+
+@dataclass(slots=True)
+class TrainingJob:
+    """One call of `train`, on one rank."""
+
+    place: Workplace
+    folder: Path
+    stepper: Stepper
+    validation: EpisodeSampler | None
+    test: EpisodeSampler | None
+    report: Callable[[Mapping[str, Any]], None]
+    progress: Progress
+    stop: StopRequest
+    ranks: Ranks
+    log: RunLog | None = None
+    """Of the first rank, once the folder is this job's."""
+    _clock: float = field(default_factory=time.monotonic)
+    _saved: float = field(default_factory=time.monotonic)
+    _seconds: dict[str, float] = field(default_factory=dict)
+    """What came between steps since the last line, by name."""
+
+    @property
+    def training(self) -> TrainingConfig:
+        """The config's `[training]` table."""
+        return self.place.config.training
+
+    def save(self, name: str) -> None:
+        """Write a checkpoint of the present state, on the first rank."""
+        began = time.monotonic()
+        self.progress.seconds += began - self._clock
+        self._clock = self._saved = began
+        if self.log is not None:
+            self.log.sync()
+        if self.ranks.is_first:
+            save_run(self.folder / name, self.place, self.stepper, self.progress)
+        self._seconds["seconds_saving"] = self._seconds.get("seconds_saving", 0.0) + time.monotonic() - began
+
+    def after_step(self, record: StepRecord, speed: StepSpeed) -> None:
+        """Note a step."""
+        self.progress.episode = record.episode
+        line: dict[str, Any] = {"kind": "step", "episode": record.episode, "loss": record.loss}
+        line |= {f"loss_{name}": value for name, value in record.terms.items()}
+        line |= {"accuracy": record.accuracy, "learning_rate": record.learning_rate}
+        line |= {f"learning_rate_{name}": rate for name, rate in list(record.learning_rates.items())[1:]}
+        line["gradient_norm"] = record.gradient_norm
+        if record.was_skipped:
+            line["was_skipped"] = True
+        measured = {
+            "clips_per_second": speed.clips * self.ranks.world_size / max(speed.seconds, 1e-9),
+            "seconds_step": speed.seconds,
+            "seconds_waiting": speed.seconds_waiting,
+            **self._seconds,
+        }
+        if self.place.device.type == "cuda":
+            measured["gpu_memory_bytes"] = float(torch.cuda.max_memory_allocated(self.place.device))
+        self._seconds = {}
+        self.write(line, measured)
+
+    def between_steps(self) -> None:
+        """Validate where it is due; save then, and now and then."""
+        if self.is_validation_due():
+            self.save("last.pt")
+            self.validate()
+        elif time.monotonic() - self._saved >= self.training.save_seconds:
+            self.save("last.pt")
+
+    def is_validation_due(self) -> bool:
+        """Whether the run has passed a place where it is validated."""
+        progress, every = self.progress, self.training.validate_every
+        if progress.validated_episode >= progress.episode:
+            return self.training.episodes == 0 and progress.validated_episode < 0
+        return (
+            progress.episode >= self.training.episodes
+            or progress.episode // every > max(0, progress.validated_episode) // every
+        )
+
+    def validate(self) -> None:
+        """Score the run, and keep it as the best where it is."""
+        progress, began = self.progress, time.monotonic()
+        line: dict[str, Any] = {"kind": "validation", "episode": progress.episode}
+        place = replace(self.place, model=self.stepper.averaged_model() or self.place.model)
+        source = evaluation_source(place, self.ranks)
+        held_out = score_held_out(place, self.ranks) if self.training.mode == "classify" else None
+        score = self._score(place, source, self.validation) if self.validation is not None else None
+        line |= held_out.line if held_out is not None else {}
+        if score is not None:
+            line |= {"val_accuracy": score.accuracy, "val_interval95": score.interval95, "val_episodes": score.episodes}
+        is_best = self._is_best(score, held_out)
+        if self.test is not None:
+            tested = self._score(place, source, self.test)
+            line |= {"test_accuracy_not_for_selection": tested.accuracy, "test_interval95": tested.interval95}
+            if progress.test_selected_accuracy is None or tested.accuracy > progress.test_selected_accuracy:
+                progress.test_selected_accuracy = tested.accuracy
+        progress.validated_episode = progress.episode
+        if is_best:
+            progress.best_episode = progress.episode
+            self.save("best.pt")
+        self.write(line, {"seconds_validation": time.monotonic() - began})
+        self.save("last.pt")
+
+    def _is_best(self, score: Accuracy | None, held_out: HeldOutScore | None) -> bool:
+        """Whether the run has never been better; where nothing may choose, the best checkpoint is the last one."""
+        progress = self.progress
+        if score is None and held_out is None:
+            return True
+        accuracy = score.accuracy if score is not None else held_out.top1 if held_out is not None else 0.0
+        if progress.best_accuracy is not None and accuracy <= progress.best_accuracy:
+            return False
+        progress.best_accuracy = accuracy
+        progress.best_interval95 = score.interval95 if score is not None else held_out.interval95 if held_out else None
+        progress.best_outcomes_digest = outcomes_digest(score) if score is not None else None
+        progress.best_episode_hash = score.episode_hash if score is not None else None
+        return True
+
+    def _score(self, place: Workplace, source: Source, sampler: EpisodeSampler) -> Accuracy:
+        scorer = FewShotModel(nn.Identity(), place.model.few_shot_head)
+        count = self.training.validation_episodes
+        return evaluate_model(scorer, source, sampler, count, place.device, self._refuse_to_go_on, self.ranks)
+
+    def _refuse_to_go_on(self, done: int, total: int) -> None:
+        """Called while validating: leave at once when a signal came; the state was saved before. Ranks validate to the end."""
+        del done, total
+        if self.stop.signal_number is not None and not self.ranks.are_several:
+            raise self.stopped()
+
+    def stopped(self) -> Stopped:
+        """The error that ends a stopped run after it was saved."""
+        assert self.stop.signal_number is not None
+        return Stopped(
+            self.stop.signal_number,
+            f"{self.folder / 'last.pt'} holds {self.progress.episode} episodes; go on with --resume",
+        )
+
+    def write(self, line: dict[str, Any], measured: Mapping[str, float]) -> None:
+        """A line to the logs and to whoever listens, on the first rank."""
+        if self.log is not None:
+            self.log.write(line, measured)
+            self.report(line)
+
+    def write_not_finite(self, error: TrainingError, batches: TrainingBatches) -> None:
+        """Write down the episodes of a step that could not be taken, for replay."""
+        if not self.ranks.is_first:
+            return
+        document = {
+            "error": str(error),
+            "split_hash": batches.sampler.split_hash,
+            "seed": batches.sampler.seed,
+            "episodes": [batches.describe(index) for index in error.episodes],
+        }
+        write_file(self.folder / "not_finite.json", (json.dumps(document, indent=2) + "\n").encode())
+
+
+def evaluation_source(place: Workplace, ranks: Ranks) -> Source:
+    """Where validation and test cubes come from: the store, or every video once through the backbone."""
+    if isinstance(place.source, LiveClips):
+        assert isinstance(place.model.encoder, ClipEncoder)
+        return EncodedClips(place.source, place.model.encoder, place.device, ranks)
+    return place.source
