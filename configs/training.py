@@ -40,7 +40,7 @@ class TrainingConfig(BaseModel):
     freeze: tuple[str, ...] = ()
     """Patterns of parameter names that do not learn (`["encoder.backbone.conv1.*"]`); BatchNorm among them keeps its statistics."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
-    """Each layer of the backbone learns this much slower than the one above it."""
+    """Each layer of the backbone (a stage of convolutions, a block of a transformer) learns this much slower than the one above it."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """Of SGD."""
     nesterov: bool = False
@@ -48,7 +48,7 @@ class TrainingConfig(BaseModel):
     weight_decay: float = Field(default=0.0, ge=0)
     """On every parameter, or see `decay_norm_and_bias`."""
     decay_norm_and_bias: bool = True
-    """Whether weight decay also pulls at biases and at the scales of normalisations."""
+    """Whether weight decay also pulls at biases, at the scales of normalisations, and at class and position tokens."""
     schedule: Literal["constant", "cosine", "multi_step"] = "constant"
     """Learning rate over the run: constant as published, a cosine to zero, or times `milestone_factor` at each milestone."""
     milestones: tuple[int, ...] = ()
@@ -87,6 +87,9 @@ class TrainingConfig(BaseModel):
     """Processes that decode clips ahead of the step; None: one less than the cores, at most 16. 0 decodes in this process."""
     batches_ahead: int = Field(default=4, ge=1, le=256)
     """Forward passes whose inputs are made ahead of the step. Changes no result."""
+    check_videos: bool = False
+    """Decode every training video once before the first step, so that all bad ones are named together, not one by one during the run;
+    validation and test videos are always tried. Changes no result."""
     clip_cache_bytes: int = Field(default=1 << 30, ge=0)
     """Memory for decoded clips, end to end; a (video, view) that is in there is not decoded again."""
     cube_cache_bytes: int = Field(default=8 << 30, ge=0)
@@ -112,13 +115,21 @@ class TrainingConfig(BaseModel):
                 f"training.clips_per_forward = {self.clips_per_forward} splits the clips that training.backbone_batchnorm = "
                 f'"{self.backbone_batchnorm}" takes statistics over. Use gradient_checkpointing, which does not, or "frozen".'
             )
-        if self.backbone_batchnorm == "synchronised" and self.episodes_per_forward is not None:
+        is_synchronised = self.backbone_batchnorm == "synchronised" or (
+            self.backbone_batchnorm is None and self.mode == "classify" and self.backbone_learning_rate != 0
+        )
+        if is_synchronised and self.episodes_per_forward is not None:
             return (
-                'training.backbone_batchnorm = "synchronised" takes statistics over all clips of a step, so they pass at once; '
-                "leave episodes_per_forward out, or lower episodes_per_step."
+                'training.backbone_batchnorm = "synchronised" (what classification does if nothing is said) takes statistics over all clips '
+                'of a step, so they pass at once; leave episodes_per_forward out, lower episodes_per_step, or use "frozen".'
             )
         if self.published_first_step and self.episodes_per_step == 1:
             return "training.published_first_step = true with episodes_per_step = 1 would be a first step of no episode."
+        if self.mode == "classify" and self.clips_per_forward is not None:
+            return (
+                f"training.clips_per_forward = {self.clips_per_forward} splits the clips of an episode, which is a single clip in "
+                "classification. Use episodes_per_forward."
+            )
         if self.mode == "classify" and self.backbone_batchnorm in ("episode", "published"):
             return (
                 f'training.backbone_batchnorm = "{self.backbone_batchnorm}" in classification would be statistics of a single clip. '
@@ -143,6 +154,16 @@ class TrainingConfig(BaseModel):
             )
         if list(self.milestones) != sorted(set(self.milestones)) or any(each < 1 for each in self.milestones):
             return f"training.milestones = {list(self.milestones)} are not ascending numbers of episodes from 1 on."
+        if self.milestones and self.milestones[0] < self.warmup_episodes:
+            return (
+                f"training.milestones: {self.milestones[0]} lies within training.warmup_episodes = {self.warmup_episodes}, while the rate "
+                "still rises. Let the first milestone come later, or the warm-up be shorter."
+            )
+        if self.layer_decay < 1 and (self.mode == "cached" or self.backbone_learning_rate == 0):
+            return (
+                f"training.layer_decay = {self.layer_decay} has no effect, since no backbone learns. Leave it out, or set "
+                'training.mode = "end_to_end" or "classify", with backbone_learning_rate above 0.'
+            )
         if self.warmup_episodes and self.warmup_episodes >= max(1, self.episodes):
             return f"training.warmup_episodes = {self.warmup_episodes} is not less than training.episodes = {self.episodes}."
         bad = [name for name, rate in self.rates.items() if rate < 0]

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cache.open import open_store
-from configs.schema import RunConfig, TrainingConfig
+from configs.schema import RunConfig
+from configs.training import TrainingConfig
 from contracts.world import World
 from episodes.batch import EpisodeBatch
 from episodes.datasets import Manifest, write_manifest
