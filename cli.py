@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +26,9 @@ def main() -> None:
     debug = "--debug" in sys.argv
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _stop)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun: every rank would print torch's hints on speed. Read when torch is imported.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         mastaf.main(args=arguments, prog_name="mastaf", standalone_mode=False)
@@ -48,11 +54,30 @@ def _fail(error: Exception, debug: bool) -> None:
     """Print one line for an error that the user can mend; let our own mistakes show their traceback."""
     code = getattr(error, "exit_code", 2)
     mendable = type(error).__module__.split(".")[0] in ROOMS or isinstance(error, ValueError | OSError)
+    line = f"{_rank()}{' '.join(str(error).split())}"
+    if code == 2:
+        _tell_launcher(line)
     if debug or not mendable:
         traceback.print_exc()
         sys.exit(code if mendable else 1)
-    click.echo(f"mastaf: {' '.join(str(error).split())}", err=True)
+    # All ranks stop together; one of them says it.
+    if code not in (130, 143) or os.environ.get("RANK", "0") == "0":
+        click.echo(f"mastaf: {line}", err=True)
     sys.exit(code)
+
+
+def _rank() -> str:
+    """Which of several ranks of torchrun this is, to begin a message with."""
+    is_one_of_several = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    return f"rank {os.environ.get('RANK')}: " if is_one_of_several else ""
+
+
+def _tell_launcher(line: str) -> None:
+    """torchrun ends its output with a list of the ranks that failed; there it shows what is in this file."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is not None:
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -404,7 +429,12 @@ def plan_command(as_json: bool, **options: Any) -> None:
 @mastaf.command()
 @click.argument("recipe")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run; default: runs/RECIPE.")
-@click.option("--resume", is_flag=True, help="Go on from the run's last checkpoint.")
+@click.option("--resume", is_flag=True, help="Go on from the run's newest good checkpoint.")
+@click.option(
+    "--resume-or-start",
+    is_flag=True,
+    help="Go on where there is a run, else begin: for jobs that a cluster starts again with the same command.",
+)
 @click.option(
     "--heads",
     metavar="A,B,C",
@@ -413,17 +443,27 @@ def plan_command(as_json: bool, **options: Any) -> None:
 @_device
 @_set
 def train(
-    recipe: str, out: Path | None, resume: bool, heads: str | None, device: str, overrides: tuple[str, ...]
+    recipe: str,
+    out: Path | None,
+    resume: bool,
+    resume_or_start: bool,
+    heads: str | None,
+    device: str,
+    overrides: tuple[str, ...],
 ) -> None:
-    """Stage 2, or end to end: train as RECIPE says (a TOML file, or the name of one that ships)."""
+    """Stage 2, end to end or classification: train as RECIPE says (a TOML file, or the name of one that ships).
+
+    On several GPUs or machines: torchrun --nproc-per-node N -m cli train RECIPE ...
+    """
+    goes_on = None if resume_or_start and not resume else resume
     if heads is not None:
         from pipeline.train_heads import train_heads
 
-        train_heads(recipe, heads, out, resume, device, overrides)
+        train_heads(recipe, heads, out, goes_on, device, overrides)
         return
     from pipeline.train_command import train_recipe
 
-    train_recipe(recipe, out, resume, device, overrides)
+    train_recipe(recipe, out, goes_on, device, overrides)
 
 
 @mastaf.command()
@@ -446,10 +486,32 @@ def evaluate(**options: Any) -> None:
 
     as_json = options.pop("as_json")
     result, line = evaluate_folder(**options)
+    if os.environ.get("RANK", "0") != "0":  # of several ranks, the first speaks
+        return
     if as_json:
         _print_json(result)
     else:
         click.echo(line)
+
+
+@mastaf.command()
+@click.argument("card", type=click.Path(exists=True, path_type=Path))
+@click.option("--split", type=click.Choice(["train", "val", "test"]), help="Only the evaluations on this split.")
+@click.option("--store", "store_path", help="Read the cubes there, instead of what the card says.")
+@click.option("--manifest", type=click.Path(exists=True, dir_okay=False), help="Where the manifest is now.")
+@_device
+@_json
+def reproduce(card: Path, as_json: bool, **options: Any) -> None:
+    """Run every evaluation of CARD (a run's folder, or its card.json) again; exit 0 when all is identical, 1 when not."""
+    from pipeline.reproduce_command import reproduce as run
+
+    report, text, is_identical = run(card, **options)
+    if os.environ.get("RANK", "0") == "0":  # of several ranks, the first speaks
+        if as_json:
+            _print_json(report)
+        else:
+            click.echo(text)
+    sys.exit(0 if is_identical else 1)
 
 
 @mastaf.group()
@@ -504,6 +566,39 @@ def compare(**options: Any) -> None:
 
 
 @mastaf.command()
+@click.argument("config")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of everything; default: runs/CONFIG.")
+@click.option(
+    "--redo", multiple=True, metavar="STAGE", help="Make this stage again; what it made is set aside. Repeatable."
+)
+@click.option("--dry-run", "is_dry", is_flag=True, help="Say what is done and what is to do, and why; do nothing.")
+@_device
+@_set
+@_json
+def pipeline(
+    config: str,
+    out: Path | None,
+    redo: tuple[str, ...],
+    is_dry: bool,
+    device: str,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Train the backbone, cache its cubes, train heads on them and compare, as CONFIG says; finished stages are skipped.
+
+    CONFIG is a TOML file, or the name of one that ships. --set pipeline.key=value changes it, every other key is for all its
+    recipes. Stopped anywhere, the same command goes on.
+    """
+    from pipeline.whole_pipeline import run_pipeline
+
+    facts, text = run_pipeline(config, out, overrides, device, redo, is_dry)
+    if as_json:
+        _print_json(facts)
+    else:
+        click.echo(text)
+
+
+@mastaf.command()
 @click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--split", help="train, val or test; default: evaluation.split of the run.")
 @click.option(
@@ -528,7 +623,7 @@ def maps(as_json: bool, **options: Any) -> None:
 
 
 @mastaf.command("list")
-@click.argument("what", type=click.Choice(["backbones", "heads", "datasets", "recipes"]))
+@click.argument("what", type=click.Choice(["backbones", "heads", "datasets", "recipes", "pipelines"]))
 @click.argument("name", required=False)
 @_json
 def list_command(what: str, name: str | None, as_json: bool) -> None:
@@ -583,7 +678,17 @@ def _list_datasets() -> list[dict[str, str]]:
 def _list_recipes() -> list[dict[str, str]]:
     from configs.load import recipe_folder
 
-    files = sorted(recipe_folder().glob("*.toml"))
+    return _list_files(recipe_folder())
+
+
+def _list_pipelines() -> list[dict[str, str]]:
+    from configs.load import recipe_folder
+
+    return _list_files(recipe_folder() / "pipelines")
+
+
+def _list_files(folder: Path) -> list[dict[str, str]]:
+    files = sorted(folder.glob("*.toml"))
     return [
         {"name": file.stem, "description": file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")}
         for file in files
@@ -595,6 +700,7 @@ _LISTS: dict[str, Callable[[], list[dict[str, str]]]] = {
     "heads": _list_heads,
     "datasets": _list_datasets,
     "recipes": _list_recipes,
+    "pipelines": _list_pipelines,
 }
 
 

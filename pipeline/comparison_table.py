@@ -123,7 +123,7 @@ def _notes(comparison: Comparison, runs: Sequence[Row], recipes: Sequence[Row]) 
                 f"the seeds alone ({' and '.join(SEED_KEYS)})."
             )
     facts = hardware()
-    threads = counted(int(facts["threads"]), "thread")
+    threads = counted(int(str(facts["threads"])), "thread")
     machine = facts.get("gpu") if comparison.device.type == "cuda" else f"{facts['machine']}, {threads}"
     lines.append(
         f"Cost of the head alone, for one episode: FLOPs of matrix products and convolutions (MACs are half of it); "

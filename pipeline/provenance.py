@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -28,18 +29,30 @@ def library_versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES if _is_installed(name)}
 
 
-def hardware() -> dict[str, str | int]:
-    """Processor, cores, and the GPU if there is one."""
+def hardware() -> dict[str, str | int | list[str]]:
+    """Processor, cores, and the GPUs if there are any."""
     import torch
 
-    found: dict[str, str | int] = {
+    found: dict[str, str | int | list[str]] = {
         "machine": platform.machine(),
+        "processor": processor_name(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
+        found["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return found
+
+
+def processor_name() -> str:
+    """What the processor calls itself; Linux tells, other systems name its family at least."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def _is_installed(package: str) -> bool:

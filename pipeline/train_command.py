@@ -6,8 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from configs.load import find_recipe, load_config
+from configs.schema import RunConfig
+from pipeline.card_reading import CardError
 from pipeline.console import progress, say
+from pipeline.ranks import Ranks, joined_ranks
+from pipeline.run_card import record_evaluation
+from pipeline.run_files import is_begun
+from pipeline.run_log import refuse_absent_loggers
 from pipeline.scoring import evaluate_run, load_run
 from pipeline.settings import SetupError
 from pipeline.setup import choose_device
@@ -15,16 +23,24 @@ from pipeline.training import train
 
 
 def train_recipe(
-    recipe: str, out: Path | None, resume: bool, device: str, overrides: tuple[str, ...]
+    recipe: str, out: Path | None, resume: bool | None, device: str, overrides: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Train a recipe; the run card."""
+    """Train a recipe; the run card. `resume` None: go on where there is a run, else begin. Under torchrun, on all its ranks."""
     path = find_recipe(recipe)
     config = load_config(path, overrides)
+    refuse_absent_loggers(config.training.loggers)
     folder = out or Path("runs") / path.stem
-    chosen = choose_device(device)
-    if config.training.mode == "end_to_end" and config.backbone.weights == "none":
-        say(f"warning: backbone {config.backbone.name} starts untrained (backbone.weights = none)")
-    with progress(f"train {config.head.name}") as on_progress:
+    with joined_ranks(choose_device(device)) as (ranks, chosen):
+        card = _train_on(ranks, chosen, config, folder, is_begun(folder) if resume is None else resume)
+    if ranks.is_first:
+        _say_result(card, folder)
+    return card
+
+
+def _train_on(ranks: Ranks, device: torch.device, config: RunConfig, folder: Path, resume: bool) -> dict[str, Any]:
+    _warn_of_untrained_backbone(config)
+    what = "a classifier" if config.training.mode == "classify" else config.head.name
+    with progress(f"train {what}") as on_progress:
 
         def report(line: Mapping[str, Any]) -> None:
             if line["kind"] == "step":
@@ -32,19 +48,40 @@ def train_recipe(
             else:
                 say(describe_validation(line))
 
-        card = train(config, folder, chosen, resume, report)
+        return train(config, folder, device, resume, report, ranks)
+
+
+def _warn_of_untrained_backbone(config: RunConfig) -> None:
+    training, backbone = config.training, config.backbone
+    if training.mode == "cached" or training.initial_weights:
+        return
+    if backbone.weights == "none":
+        say(f"warning: backbone {backbone.name} starts untrained (backbone.weights = none)")
+    is_untrained = backbone.weights == "none" or backbone.weights.startswith("random:")
+    if is_untrained and training.mode == "end_to_end" and training.backbone_batchnorm in (None, "frozen"):
+        say(
+            "warning: an untrained backbone with frozen BatchNorm statistics, which say nothing yet; "
+            'training.backbone_batchnorm = "episode" lets them follow the clips'
+        )
+
+
+def _say_result(card: Mapping[str, Any], folder: Path) -> None:
     if card["val_accuracy"] is not None:
         say(
             f"best: {100 * card['val_accuracy']:.2f} ± {100 * card['val_interval95']:.2f} % on val "
             f"after {card['best_episode']} episodes ({card['seconds']:.0f} s)"
+        )
+    if "heldout_top1" in card:
+        say(
+            f"best: {100 * card['heldout_top1']:.2f} ± {100 * card['heldout_interval95']:.2f} % of the held-out videos classified "
+            f"after {card['best_episode']} clips"
         )
     if card["test_selected_accuracy_published_protocol"] is not None:
         say(
             f"test-selected, as the published code reports it (not an honest estimate): "
             f"{100 * card['test_selected_accuracy_published_protocol']:.2f} %"
         )
-    say(f"run: {folder}. Score it: mastaf evaluate {folder} --split test")
-    return card
+    say(f"run: {folder} (card.md). Score it: mastaf evaluate {folder} --split test")
 
 
 def describe_validation(line: Mapping[str, Any]) -> str:
@@ -52,7 +89,9 @@ def describe_validation(line: Mapping[str, Any]) -> str:
     parts = [f"after {line['episode']} episodes"]
     if "val_accuracy" in line:
         parts.append(f"val {100 * line['val_accuracy']:.2f} ± {100 * line['val_interval95']:.2f} %")
-    else:
+    if "heldout_top1" in line:
+        parts.append(f"held-out videos {100 * line['heldout_top1']:.2f} ± {100 * line['heldout_interval95']:.2f} %")
+    if len(parts) == 1:
         parts.append("no validation split, nothing is selected")
     if "test_accuracy_not_for_selection" in line:
         parts.append(f"test {100 * line['test_accuracy_not_for_selection']:.2f} % (never used for selection)")
@@ -69,18 +108,39 @@ def evaluate_folder(
     manifest: str | None,
     device: str,
 ) -> tuple[dict[str, Any], str]:
-    """Score a run; the JSON-able result and one readable line."""
-    chosen = choose_device(device)
-    loaded = load_run(run, chosen, store_path, manifest)
+    """Score a run and note it in the run's card; the JSON-able result and one readable line, which all ranks of torchrun get."""
+    with joined_ranks(choose_device(device)) as (ranks, chosen):
+        return _evaluate_on(ranks, chosen, run, split, episodes, shots, queries, store_path, manifest)
+
+
+def _evaluate_on(
+    ranks: Ranks,
+    device: torch.device,
+    run: Path,
+    split: str | None,
+    episodes: int | None,
+    shots: int | None,
+    queries: int | None,
+    store_path: str | None,
+    manifest: str | None,
+) -> tuple[dict[str, Any], str]:
+    loaded = load_run(run, device, store_path, manifest, ranks)
     split = split or loaded.config.evaluation.split
     if split not in ("train", "val", "test"):
         raise SetupError(f"--split {split!r} is not known; use train, val or test.")
     with progress("evaluate") as on_progress:
         result, score = evaluate_run(
-            loaded, split, episodes or loaded.config.evaluation.episodes, chosen, on_progress, shots, queries
+            loaded, split, episodes or loaded.config.evaluation.episodes, device, on_progress, shots, queries, ranks
         )
+    if ranks.is_first:
+        try:
+            record_evaluation(run, result, score, store_path, manifest)
+        except (CardError, OSError) as error:
+            say(f"warning: this result is not noted in the run's card: {error}")
+    # A classification run has no few-shot head of its own.
+    by = f", backbone of a classification run, by the head {result['head']}" if result["mode"] == "classify" else ""
     line = (
-        f"{score} on {split}, {result['n_way']}-way {result['k_shot']}-shot, {result['episodes']} episodes "
+        f"{score} on {split}, {result['n_way']}-way {result['k_shot']}-shot, {result['episodes']} episodes{by} "
         f"(split {result['split_hash'][:12]}, episodes {result['episode_hash'][:12]}, store {result['store_fingerprint'][:12]}, "
         f"code {result['code_version']})"
     )

@@ -1,0 +1,248 @@
+"""`mastaf reproduce`: identical means every query of every episode, and no number of a card can be tampered with unseen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import cli
+from contracts.made_runs import MadeRuns
+from contracts.world import World
+from pipeline import training
+from pipeline.card_reading import read_card
+from pipeline.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.outcomes import bits_digest, read_outcomes
+from pipeline.run_page import to_markdown
+from pipeline.train_command import evaluate_folder
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def scored(made: MadeRuns, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the run with the quickest head, scored on test with one and with two shots; read only."""
+    return score(Path(shutil.copytree(made.heads[0], tmp_path_factory.mktemp("scored") / "run")))
+
+
+def score(run: Path) -> Path:
+    for shots in (None, 2):
+        evaluate_folder(run, None, None, shots, None, None, None, "cpu")
+    return run
+
+
+@pytest.fixture
+def run(scored: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(scored, tmp_path / "run"))
+
+
+@pytest.fixture
+def mastaf(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process: exit code, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mastaf", *map(str, arguments)])
+        # The program's own handlers stay out of this process.
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(str(stop.value.code)), printed.out, printed.err
+
+    return call
+
+
+def rewrite(run: Path, change: Callable[[dict[str, Any]], None], with_page: bool = True) -> None:
+    card = read_card(run)
+    change(card)
+    (run / "card.json").write_text(json.dumps(card))
+    if with_page:
+        (run / "card.md").write_text(to_markdown(card))
+
+
+@pytest.mark.parametrize("given", ["folder", "card"])
+def test_untouched_run_is_identical_in_every_query(mastaf: Run, scored: Path, given: str) -> None:
+    code, out, _ = mastaf("reproduce", scored if given == "folder" else scored / "card.json", "--device", "cpu")
+    assert code == 0, out
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["identical"] * 3
+    assert "all 160 queries of 40 episodes" in out
+    assert lines[-1].endswith("identical")
+    assert not [line for line in lines if line.startswith(("WRONG", "changed"))]
+
+
+@pytest.mark.parametrize("mode", ["end_to_end", "classify"])
+def test_run_that_learned_its_backbone_is_identical_too(mastaf: Run, world: World, tmp_path: Path, mode: str) -> None:
+    training.train(
+        world.config(
+            f"training.mode={mode}", "training.episodes=3", "training.validation_episodes=6", "evaluation.episodes=8",
+            "training.decode_workers=0",
+        ),
+        tmp_path / "run",
+        torch.device("cpu"),
+    )  # fmt: skip
+    evaluate_folder(tmp_path / "run", None, None, None, None, None, None, "cpu")
+    code, out, _ = mastaf("reproduce", tmp_path / "run", "--device", "cpu")
+    assert code == 0, out
+    assert [line.split(",")[0].split()[-1] for line in out.splitlines()[:2]] == ["val", "test"]
+
+
+def test_json_holds_every_evaluation(mastaf: Run, scored: Path) -> None:
+    code, out, _ = mastaf("reproduce", scored, "--device", "cpu", "--json", "--split", "test")
+    report = json.loads(out)
+    assert (code, report["identical"], report["contradictions"], report["changes"]) == (0, True, [], [])
+    assert len(report["evaluations"]) == 2
+    for each in report["evaluations"]:
+        assert each["is_identical"]
+        assert each["recorded_accuracy"] == each["found_accuracy"]
+        assert (each["episodes_differing"], each["queries_differing"]) == (0, 0)
+
+
+def test_other_weights_are_found_with_the_first_episode_that_differs(
+    mastaf: Run, made: MadeRuns, tmp_path: Path
+) -> None:
+    run = score(Path(shutil.copytree(made.heads[1], tmp_path / "mastaf")))
+    content = load_checkpoint(run / "best.pt")
+    generator = torch.Generator().manual_seed(1)
+    for name, value in content["model"].items():
+        if value.is_floating_point() and name.startswith("head.cam"):
+            value.copy_(3 * torch.randn(value.shape, generator=generator))
+    save_checkpoint(run / "best.pt", content)
+    code, out, _ = mastaf("reproduce", run, "--device", "cpu", "--json", "--split", "test")
+    assert code == 1
+    report = json.loads(out)
+    assert "the weights of best.pt are" in report["contradictions"][0]
+    entries = read_card(run)["evaluations"]
+    for entry, each in zip(entries, report["evaluations"], strict=True):
+        kept = read_outcomes(run / entry["outcomes_file"], entry["outcomes_sha256"])
+        assert kept is not None
+        assert not each["is_identical"]
+        assert 0 < each["episodes_differing"] <= each["queries_differing"] <= kept.size
+        assert 0 <= each["first_differing_episode"] < len(kept)
+
+
+def test_one_answer_that_differs_is_found_and_named(mastaf: Run, run: Path) -> None:
+    """The card of a run that had one more query right, consistent in itself."""
+
+    def claim(card: dict[str, Any]) -> None:
+        entry = next(each for each in card["evaluations"] if each["k_shot"] == 1)
+        is_right = read_outcomes(run / entry["outcomes_file"], entry["outcomes_sha256"])
+        assert is_right is not None
+        episode, query = np.argwhere(~is_right)[-1]
+        is_right[episode, query] = True
+        np.savez(
+            run / entry["outcomes_file"], is_right=np.packbits(is_right.reshape(-1)), shape=np.array(is_right.shape)
+        )
+        per_episode = is_right.mean(axis=1)
+        entry |= {"outcomes_sha256": bits_digest(is_right), "accuracy": float(per_episode.mean())}
+        card["test_accuracy"] = entry["accuracy"]
+        claimed.append(int(episode))
+
+    claimed: list[int] = []
+    rewrite(run, claim)
+    code, out, _ = mastaf("reproduce", run, "--device", "cpu")
+    assert code == 1
+    assert f"1 of 40 episodes and 1 of 160 queries differ, first in episode {claimed[0]}" in out
+    assert [line.split()[0] for line in out.splitlines()[:3]].count("identical") == 2
+
+
+TAMPERED: dict[str, Callable[[dict[str, Any]], None]] = {
+    "test: accuracy of an evaluation": lambda card: card["evaluations"][0].update(accuracy=0.99),
+    "test: interval of an evaluation": lambda card: card["evaluations"][0].update(interval95=0.001),
+    "test: digest of an evaluation": lambda card: card["evaluations"][0].update(outcomes_sha256="0" * 64),
+    "test: episodes of an evaluation": lambda card: card["evaluations"][0].update(episode_hash="0" * 64),
+    "val: test accuracy": lambda card: card.update(test_accuracy=0.99),
+    "val: test interval": lambda card: card.update(test_interval95=0.001),
+    "val: its accuracy": lambda card: card.update(val_accuracy=0.99),
+    "val: its evaluation": lambda card: card["validation"].update(accuracy=0.99),
+    "val: both": lambda card: (card.update(val_accuracy=0.99), card["validation"].update(accuracy=0.99))[0],
+    "val: test-selected number": lambda card: card.update(test_selected_accuracy_published_protocol=0.99),
+    "val: weights": lambda card: card.update(best_weights_sha256="0" * 64),
+    "val: config": lambda card: card["config"]["training"].update(learning_rate=0.5),
+}
+"""With the split whose evaluations are run again: whatever is wrong elsewhere is found beside them."""
+
+
+@pytest.mark.parametrize("what", TAMPERED)
+def test_tampered_number_is_found(mastaf: Run, run: Path, what: str) -> None:
+    rewrite(run, TAMPERED[what])
+    code, out, err = mastaf("reproduce", run, "--device", "cpu", "--split", what.split(":")[0])
+    assert code == 1, err
+    assert [line for line in out.splitlines() if line.startswith(("DIFFERS", "WRONG"))]
+    assert out.splitlines()[-1].endswith("not identical")
+
+
+def test_page_that_says_something_else_is_found(mastaf: Run, run: Path) -> None:
+    page = run / "card.md"
+    page.write_text(page.read_text().replace(" % |", "9 % |"))
+    code, out, _ = mastaf("reproduce", run, "--device", "cpu", "--split", "val")
+    assert code == 1
+    assert "WRONG      card.md is not the page of this card.json" in out
+
+
+def test_other_machine_and_versions_are_named_and_no_difference(mastaf: Run, run: Path) -> None:
+    def elsewhere(card: dict[str, Any]) -> None:
+        for each in (card, *card["evaluations"]):
+            each["libraries"]["torch"] = "1.0"
+            each["hardware"]["processor"] = "another one"
+            each["code_version"] = "0.0.1"
+
+    rewrite(run, elsewhere)
+    code, out, _ = mastaf("reproduce", run, "--device", "cpu", "--split", "val")
+    assert code == 0
+    changed = [line for line in out.splitlines() if line.startswith("changed")]
+    assert [line.split(": card")[0] for line in changed] == [
+        "changed    code version", "changed    libraries: torch", "changed    hardware: processor"
+    ]  # fmt: skip
+
+
+def test_other_manifest_means_other_episodes(mastaf: Run, run: Path, made: MadeRuns, tmp_path: Path) -> None:
+    lines = made.world.manifest_path.read_text().splitlines()
+    fewer = tmp_path / "fewer.csv"
+    fewer.write_text("\n".join(line for line in lines if not line.startswith("test0/0")) + "\n")
+    code, out, _ = mastaf("reproduce", run, "--device", "cpu", "--manifest", fewer, "--split", "test")
+    assert code == 1
+    assert "these are other episodes" in out
+    assert "changed    split hash" in out
+
+
+def without_evaluations(run: Path) -> None:
+    rewrite(run, lambda card: card.update(evaluations=[], validation=None))
+
+
+SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no card": (lambda run: (run / "card.json").unlink(), "card.json"),
+    "damaged card": (lambda run: (run / "card.json").write_text('{"mode":'), "damaged"),
+    "other JSON": (lambda run: (run / "card.json").write_text("{}"), "damaged"),
+    "negative episodes": (
+        lambda run: rewrite(run, lambda card: card["validation"].update(episodes=-1), False),
+        "damaged",
+    ),
+    "no evaluation": (without_evaluations, "mastaf evaluate"),
+    "no checkpoint": (lambda run: (run / "best.pt").unlink(), "best.pt"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_bad_input_is_one_line(mastaf: Run, run: Path, what: str) -> None:
+    spoil, word = SPOILT[what]
+    spoil(run)
+    code, out, err = mastaf("reproduce", run, "--device", "cpu")
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert word in err
+
+
+def test_split_that_was_not_scored_is_refused(mastaf: Run, run: Path) -> None:
+    code, _, err = mastaf("reproduce", run, "--split", "train")
+    assert code == 2
+    assert "test, val only" in err
