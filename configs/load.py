@@ -37,7 +37,7 @@ def find_recipe(name: str) -> Path:
         return shipped
     known = [file.stem for file in sorted(recipe_folder().glob("*.toml"))]
     raise ConfigError(
-        f"no recipe {name!r}: no such file{_nearest(path.stem, known)}; `mastaf list recipes` shows what ships."
+        f"no recipe {name!r}: no such file{nearest(path.stem, known)}; `mastaf list recipes` shows what ships."
     )
 
 
@@ -67,7 +67,7 @@ def load_config(
     for table, values in (tables or {}).items():
         document.setdefault(table, {}).update(values)
     for override in overrides:
-        _apply(document, override)
+        apply_override(document, override)
     return parse_config(document)
 
 
@@ -80,7 +80,7 @@ def parse_config(document: Mapping[str, Any]) -> RunConfig:
     try:
         config = RunConfig.model_validate(document)
     except ValidationError as error:
-        raise ConfigError("; ".join(_sentence(item) for item in error.errors())) from error
+        raise ConfigError("; ".join(describe_problem(item, RunConfig) for item in error.errors())) from error
     _check_names(config)
     return config
 
@@ -92,7 +92,7 @@ def _check_names(config: RunConfig) -> None:
 
     if config.backbone.name not in BACKBONES:
         raise ConfigError(
-            f"backbone.name = {config.backbone.name!r} is not known{_nearest(config.backbone.name, BACKBONES)}; "
+            f"backbone.name = {config.backbone.name!r} is not known{nearest(config.backbone.name, BACKBONES)}; "
             "`mastaf list backbones` shows all."
         )
     try:
@@ -109,19 +109,22 @@ def to_toml(config: RunConfig) -> str:
         nested: list[str] = []
         for key, value in values.items():
             if isinstance(value, dict):
-                nested += [f"\n[{table}.{key}]"] + [f"{_key(name)} = {_literal(item)}" for name, item in value.items()]
+                nested += [f"\n[{table}.{key}]"] + [
+                    f"{_key(name)} = {to_literal(item)}" for name, item in value.items()
+                ]
             elif value is not None:
-                lines.append(f"{key} = {_literal(value)}")
+                lines.append(f"{key} = {to_literal(value)}")
         lines += [*(nested if any("=" in line for line in nested) else []), ""]
     return "\n".join(lines)
 
 
 def _key(name: str) -> str:
     """A key as TOML writes it: bare where it may be."""
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _literal(name)
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else to_literal(name)
 
 
-def _literal(value: Any) -> str:
+def to_literal(value: Any) -> str:
+    """A value as TOML writes it behind a key."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -129,11 +132,18 @@ def _literal(value: Any) -> str:
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return '"' + "".join(f"\\u{ord(c):04X}" if ord(c) < 32 or ord(c) == 127 else c for c in escaped) + '"'
     if isinstance(value, list):
-        return "[" + ", ".join(_literal(item) for item in value) + "]"
+        return "[" + ", ".join(to_literal(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_key(name)} = {to_literal(item)}" for name, item in value.items()) + "}"
     return repr(value)
 
 
-def _apply(document: dict[str, Any], override: str) -> None:
+def apply_override(document: dict[str, Any], override: str) -> None:
+    """Set ``table.key=value`` in a nest of tables.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or len(keys) < 2 or not all(keys):
@@ -150,25 +160,27 @@ def _apply(document: dict[str, Any], override: str) -> None:
     table[keys[-1]] = value
 
 
-def _sentence(item: Any) -> str:
+def describe_problem(item: Any, model: type[BaseModel]) -> str:
+    """One error of pydantic about a config of this type as a sentence; of an unknown key the nearest known one is named."""
     location = [str(part) for part in item["loc"]]
     if item["type"] == "extra_forbidden":
-        return f"unknown key {'.'.join(location)}{_nearest(location[-1], _known_keys(location[:-1]))}"
+        return f"unknown key {'.'.join(location)}{nearest(location[-1], _known_keys(location[:-1], model))}"
     if item["type"] == "value_error":
         return f"{'.'.join(location) + ': ' if location else ''}{item['ctx']['error']}"
     return f"{'.'.join(location)} = {item['input']!r}: {item['msg']}"
 
 
-def _known_keys(location: list[str]) -> list[str]:
-    model: Any = RunConfig
+def _known_keys(location: list[str], model: type[BaseModel]) -> list[str]:
     for part in location:
         field = model.model_fields.get(part)
-        model = field.annotation if field else None
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             return []
+        model = inner
     return list(model.model_fields)
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence that asks whether the known name was meant that is most like this one; empty where none is."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else ""

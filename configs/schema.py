@@ -85,9 +85,27 @@ class RunConfig(BaseModel):
             )
         training = self.training
         if training.mode != "classify" and self.classify != ClassifyConfig():
-            raise ValueError('[classify] has options, but training.mode is not "classify". Set it, or leave the table out.')
+            raise ValueError(
+                '[classify] has options, but training.mode is not "classify". Set it, or leave the table out.'
+            )
+        if training.mode == "classify" and self.data.global_labels == "all":
+            raise ValueError(
+                'data.global_labels = "all" counts classes that classification never sees. Leave it out: labels are those of the '
+                "training classes."
+            )
+        clips_at_a_time = training.episodes_per_forward or training.episodes_per_step
+        if (self.classify.mixup_alpha or self.classify.cutmix_alpha) and clips_at_a_time == 1:
+            raise ValueError(
+                "classify.mixup_alpha and cutmix_alpha mix clips of one forward pass, and a single one passes at a time. Raise "
+                "training.episodes_per_forward or episodes_per_step, or leave them out."
+            )
         if training.mode == "cached" and self.augmentation != AugmentationConfig():
             raise ValueError(
                 "[augmentation] changes pixels, but cubes are read from the cache. Leave the table out, or train end to end."
+            )
+        if views == 1 and self.augmentation != AugmentationConfig():
+            raise ValueError(
+                "[augmentation] is drawn anew for each view, and view 0 stays as it is, but episodes.train_views = 1 leaves training only "
+                "that. Raise episodes.train_views (1000, say, for hardly ever the same view twice)."
             )
         return self

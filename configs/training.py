@@ -81,6 +81,9 @@ class TrainingConfig(BaseModel):
     The checkpoint is chosen on the validation split all the same."""
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Of the head's initial weights."""
+    deterministic: bool = False
+    """Ask torch for deterministic algorithms, so that a run that is resumed on a GPU gives the bits of one that was not; slower there. A CPU
+    is deterministic without it."""
     initial_weights: str | None = None
     """A run's checkpoint or a published one (`mastaf list heads` names the kinds) to start from."""
     decode_workers: int | None = Field(default=None, ge=0, le=1024)
@@ -124,7 +127,9 @@ class TrainingConfig(BaseModel):
                 'of a step, so they pass at once; leave episodes_per_forward out, lower episodes_per_step, or use "frozen".'
             )
         if self.published_first_step and self.episodes_per_step == 1:
-            return "training.published_first_step = true with episodes_per_step = 1 would be a first step of no episode."
+            return (
+                "training.published_first_step = true with episodes_per_step = 1 would be a first step of no episode."
+            )
         if self.mode == "classify" and self.clips_per_forward is not None:
             return (
                 f"training.clips_per_forward = {self.clips_per_forward} splits the clips of an episode, which is a single clip in "

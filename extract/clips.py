@@ -3,7 +3,7 @@
 Formulas: reference section 7.2. Letters: F frames of the clip, n frames of the video.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,6 +64,62 @@ class JitterRanges:
     """Of the first frame."""
     end: Range
     """Of the last frame."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringView:
+    """One of the clips and crops of a video whose scores are averaged; nothing about it is drawn anew.
+
+    A clip's frames are those that the view-0 formula gives for `num_clips` times as many frames, dealt out in turns: clip j has
+    every `num_clips`-th of them from the j-th on. So each clip spreads over the whole video, as a sparsely sampled clip does, and
+    the clips lie at even offsets from each other within the step between two frames, which is how VideoMAE (Tong et al. 2022,
+    https://arxiv.org/abs/2203.12602) scores such clips. The three crops along the longer side are those of Non-local networks
+    (Wang et al. 2018, https://arxiv.org/abs/1711.07971) and SlowFast (Feichtenhofer et al. 2019,
+    https://arxiv.org/abs/1812.03982). One clip with the centre crop is view 0. A video with fewer frames than a clip gives the same
+    clip each time, as the short-video policy says.
+    """
+
+    clip_index: int
+    """j, in [0, num_clips)."""
+    num_clips: int
+    """Of the video; at least 1."""
+    along: float | None
+    """Where the crop sits along the longer side: 0.0 and 1.0 are its ends, None is the centre."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.clip_index < self.num_clips:
+            raise ValueError(f"clip_index {self.clip_index} is not one of num_clips {self.num_clips}, counted from 0")
+
+
+View = int | ScoringView
+"""What is cut from a video: a numbered view (0 to evaluate, others to train), or one of several to score."""
+
+_ALONG: dict[int, tuple[float | None, ...]] = {1: (None,), 3: (0.0, None, 1.0)}
+
+
+def scoring_views(num_clips: int, num_crops: int) -> tuple[ScoringView, ...]:
+    """The (num_clips * num_crops,) views of a video to score, all crops of the first clip first.
+
+    Args:
+        num_clips: spread over the video, at least 1.
+        num_crops: 1 is the centre; 3 are the begin, the centre and the end of the longer side.
+    """
+    if num_clips < 1 or num_crops not in _ALONG:
+        raise ValueError(f"num_clips {num_clips} and num_crops {num_crops}; give at least 1 clip, and 1 or 3 crops")
+    return tuple(
+        ScoringView(clip_index, num_clips, along) for clip_index in range(num_clips) for along in _ALONG[num_crops]
+    )
+
+
+def refuse_bad_views(views: Sequence[View]) -> None:
+    """Raise ValueError for no views at all, or a negative number."""
+    if not views or any(isinstance(view, int) and view < 0 for view in views):
+        raise ValueError(f"views must be numbers from 0 on, at least one, not {list(views)}")
+
+
+def numbered(view: View) -> int:
+    """The number of the view whose draws this one has."""
+    return 0 if isinstance(view, ScoringView) else view
 
 
 def view_generator(seed: int, video_id: str, view: int) -> ViewDraws:
@@ -182,10 +238,11 @@ def on_axis(positions: Indices, seconds: Seconds, axis: Axis) -> Indices:
     return frame_indices
 
 
-def sample_frames(seconds: Seconds, sampling: SamplingConfig, view: int, draws: Draws) -> Indices:
+def sample_frames(seconds: Seconds, sampling: SamplingConfig, view: View, draws: Draws) -> Indices:
     """Frame numbers (F,) of one view of a video whose n >= 1 frames are shown at `seconds` (n,)."""
     num_available = len(seconds)
     if num_available < sampling.num_frames:
         return short_indices(num_available, sampling.num_frames, sampling.short_policy)
-    positions = POLICIES[sampling.policy](num_available, sampling.num_frames, view, draws)
-    return on_axis(positions, seconds, sampling.axis)
+    first, step = (view.clip_index, view.num_clips) if isinstance(view, ScoringView) else (0, 1)
+    positions = POLICIES[sampling.policy](num_available, sampling.num_frames * step, numbered(view), draws)
+    return on_axis(positions[first::step], seconds, sampling.axis)

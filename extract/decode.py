@@ -16,10 +16,19 @@ import numpy as np
 from av.error import DecoderNotFoundError, FFmpegError
 from numpy.typing import NDArray
 
-from extract.clips import Seconds, VideoTooShortError, sample_frames, view_generator
+from extract.clips import (
+    ScoringView,
+    Seconds,
+    VideoTooShortError,
+    View,
+    numbered,
+    refuse_bad_views,
+    sample_frames,
+    view_generator,
+)
 from extract.config import SamplingConfig
 from extract.container import Decoded, Timeline, VideoFileReader
-from extract.errors import REASONS, VideoError
+from extract.errors import REASONS, VideoError, is_disk_trouble
 from extract.folder import FrameFolderReader
 from extract.transform import MAX_PIXELS, CropPlace, FrameSize, crop_frame, draw_crop, resize_frame, resized_size
 
@@ -88,17 +97,21 @@ class _ViewPlan:
     place: CropPlace
 
 
-def read_views(source: VideoSource, sampling: SamplingConfig, views: Sequence[int]) -> ViewClips:
+def read_views(source: VideoSource, sampling: SamplingConfig, views: Sequence[View]) -> ViewClips:
     """Decode a video and cut the clips of the given views.
 
     The numbers of a view do not depend on which other views are asked for.
+
+    Args:
+        source: the video.
+        sampling: which frames, and how each becomes a square.
+        views: V numbers from 0 on, or those of `extract.clips.scoring_views`; at least one.
 
     Raises:
         VideoError: the video cannot be used; the reason is one of REASONS.
         VideoTooShortError: it has fewer than `sampling.num_frames` frames and `short_policy` is "fail".
     """
-    if not views or min(views) < 0:
-        raise ValueError(f"views must be numbers from 0 on, at least one, not {list(views)}")
+    refuse_bad_views(views)
     with _one_reason(source):
         return _read(source, sampling, views)
 
@@ -113,21 +126,21 @@ def _one_reason(source: VideoSource) -> Iterator[None]:
     except DecoderNotFoundError as error:
         raise VideoError("no_decoder", _detail(error)) from error
     except MemoryError as error:  # PyAV's own is also an FFmpegError
-        raise VideoError("out_of_memory", _detail(error)) from error
+        raise VideoError("out_of_memory", _detail(error), is_passing=True) from error
     except FFmpegError as error:
-        raise VideoError("corrupt", _detail(error)) from error
+        raise VideoError("corrupt", _detail(error), is_disk_trouble(error)) from error
     except PermissionError as error:
         raise VideoError("permission", _detail(error)) from error
     # PyAV also raises IndexError, UnicodeDecodeError and others on damaged files.
     except Exception as error:
-        raise VideoError("unexpected", f"{source.video_id}: {_detail(error)}") from error
+        raise VideoError("unexpected", f"{source.video_id}: {_detail(error)}", is_disk_trouble(error)) from error
 
 
 def _detail(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _read(source: VideoSource, sampling: SamplingConfig, views: Sequence[int]) -> ViewClips:
+def _read(source: VideoSource, sampling: SamplingConfig, views: Sequence[View]) -> ViewClips:
     reader = _open_reader(source.path, source.root)
     timeline = reader.announced()
     problem = timeline.problem
@@ -207,7 +220,7 @@ def _segment(source: VideoSource, seconds: Seconds) -> NDArray[np.int64]:
     return np.flatnonzero((seconds >= start) & (seconds < end)).astype(np.int64)
 
 
-def _plan(source: VideoSource, sampling: SamplingConfig, views: Sequence[int], seconds: Seconds) -> list[_ViewPlan]:
+def _plan(source: VideoSource, sampling: SamplingConfig, views: Sequence[View], seconds: Seconds) -> list[_ViewPlan]:
     segment = _segment(source, seconds)
     if len(segment) == 0:
         raise VideoError(
@@ -216,8 +229,10 @@ def _plan(source: VideoSource, sampling: SamplingConfig, views: Sequence[int], s
     plans = []
     for view in views:
         # Fresh draws each time: planning anew after a wrong frame count repeats the same ones.
-        draws = view_generator(sampling.seed, source.video_id, view)
-        place = draw_crop(sampling, view, draws)
+        draws = view_generator(sampling.seed, source.video_id, numbered(view))
+        place = draw_crop(sampling, numbered(view), draws)
+        if isinstance(view, ScoringView):
+            place = replace(place, along=view.along)
         try:
             chosen = sample_frames(seconds[segment], sampling, view, draws)
         except VideoTooShortError as error:

@@ -1,5 +1,7 @@
 """Why a video gave no clip, or a clip with a blemish: a closed list, so that counts can be compared."""
 
+import errno
+
 REASONS: dict[str, str] = {
     "missing": "there is no such file or folder",
     "permission": "reading is not allowed",
@@ -28,14 +30,26 @@ REASONS: dict[str, str] = {
 class VideoError(Exception):
     """One video could not be read; the run goes on without it and counts it."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, is_passing: bool = False) -> None:
         if reason not in REASONS:
             raise ValueError(f"reason {reason!r} is not one of {sorted(REASONS)}")
-        super().__init__(reason, detail)  # both, so that the error survives the way out of a worker process
+        super().__init__(reason, detail, is_passing)  # all, so that the error survives the way out of a worker process
         self.reason = reason
         """A key of REASONS."""
         self.detail = detail
         """One line for a person."""
+        self.is_passing = is_passing
+        """Trouble of the moment (time, memory, the disk): another try may succeed."""
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"
+
+
+_DISK_TROUBLE = frozenset(
+    {errno.EIO, errno.EAGAIN, errno.EINTR, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}
+)
+
+
+def is_disk_trouble(error: BaseException) -> bool:
+    """Whether reading failed for a reason of the moment, such as a network disk that did not answer."""
+    return isinstance(error, OSError) and error.errno in _DISK_TROUBLE

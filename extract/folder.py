@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from extract.container import Decoded, Timeline
-from extract.errors import VideoError
+from extract.errors import VideoError, is_disk_trouble
 from extract.transform import MAX_PIXELS
 
 FRAME_ENDINGS = (".jpg", ".jpeg", ".png")
@@ -85,4 +85,4 @@ def _read_picture(file: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise VideoError("too_large", f"{file.name}: {error}") from error
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise VideoError("corrupt", f"{file.name}: {error}") from error
+        raise VideoError("corrupt", f"{file.name}: {error}", is_disk_trouble(error)) from error

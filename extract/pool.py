@@ -18,6 +18,7 @@ from itertools import count
 from types import TracebackType
 from typing import Self
 
+from extract.clips import View
 from extract.config import SamplingConfig
 from extract.decode import VideoError, VideoSource, VideoTooShortError, ViewClips, read_views
 from extract.pool_worker import DecodeProcess, DecodeTask, WorkerLost, WorkerStartError
@@ -124,7 +125,7 @@ class _Worker:
                 job.future.set_exception(self._jobs.error)
                 return
             self.num_restarts += 1
-            job.future.set_exception(VideoError("stopped", str(lost)))
+            job.future.set_exception(VideoError("stopped", str(lost), is_passing=True))
             self._start_process()
         except (VideoError, VideoTooShortError) as error:
             job.future.set_exception(error)
@@ -192,7 +193,7 @@ class DecodePool:
         """Processes that died or were killed for being late."""
         return sum(worker.num_restarts for worker in self._workers)
 
-    def submit(self, source: VideoSource, sampling: SamplingConfig, views: Sequence[int]) -> int:
+    def submit(self, source: VideoSource, sampling: SamplingConfig, views: Sequence[View]) -> int:
         """Have a video decoded; the ticket is for `result`. Videos are begun in the order of submission."""
         # A process keeps the working directory that it was started in.
         source = replace(source, path=source.path.absolute())

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from extract.clips import View, refuse_bad_views
 from extract.config import SamplingConfig
 from extract.decode import VideoError, VideoSource, VideoTooShortError, ViewClips, read_views
 
@@ -40,12 +41,11 @@ class DecodeTask:
 
     source: VideoSource
     sampling: SamplingConfig
-    views: Sequence[int]
-    """View numbers from 0 on, at least one."""
+    views: Sequence[View]
+    """At least one."""
 
     def __post_init__(self) -> None:
-        if not self.views or min(self.views) < 0:
-            raise ValueError(f"views must be numbers from 0 on, at least one, not {list(self.views)}")
+        refuse_bad_views(self.views)
 
 
 Answer = ViewClips | VideoError | VideoTooShortError

@@ -45,6 +45,8 @@ class CropPlace:
     """Share of the vertical room above the crop, [0, 1); None is the centre."""
     is_flipped: bool
     """Mirror left and right."""
+    along: float | None = None
+    """Share of the room along the frame's longer side (across where both are equal), [0, 1]; None leaves it to the first two."""
 
 
 CENTRE = CropPlace(None, None, False)
@@ -96,8 +98,11 @@ def resize_frame(frame: Pixels, shorter_side: int) -> Pixels:
 
 def crop_frame(frame: Pixels, crop_size: int, place: CropPlace) -> Pixels:
     """Square part of a resized frame: (H, W, 3) -> (crop_size, crop_size, 3) uint8."""
-    top = crop_offset(frame.shape[0], crop_size, place.down)
-    left = crop_offset(frame.shape[1], crop_size, place.across)
+    across, down = place.across, place.down
+    if place.along is not None:
+        across, down = (across, place.along) if frame.shape[0] > frame.shape[1] else (place.along, down)
+    top = crop_offset(frame.shape[0], crop_size, down)
+    left = crop_offset(frame.shape[1], crop_size, across)
     square = frame[top : top + crop_size, left : left + crop_size]
     return square[:, ::-1] if place.is_flipped else square
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from episodes.batch import EpisodeBatch
 from episodes.sampler import Episode, draw_noise_seed, draw_views
@@ -38,6 +40,10 @@ class TrainingBatches:
     """Training class name -> global label."""
     train_views: int
     """Each video's view is drawn from 0 .. train_views - 1."""
+    augment: Callable[[Tensor, Sequence[tuple[str, int]]], Tensor] | None = None
+    """What becomes of the clips, given the (video, view) of each (`pipeline.augmentation`)."""
+    device: torch.device | None = None
+    """Where inputs go as soon as they are there; None: they stay where they are read."""
     num_ahead: int = 1
     """Batches that are in the making at most."""
     num_threads: int = 1
@@ -51,7 +57,14 @@ class TrainingBatches:
         views = np.stack([self._views(episode) for episode in episodes])  # (E, S + Q)
         seeds = [draw_noise_seed(sampler.split_hash, sampler.seed, index) for index in indices]
         return assemble(
-            episodes, self.source, views[:, :num_supports], views[:, num_supports:], self.global_index, seeds
+            episodes,
+            self.source,
+            views[:, :num_supports],
+            views[:, num_supports:],
+            self.global_index,
+            seeds,
+            self.augment,
+            self.device,
         )
 
     def _views(self, episode: Episode) -> npt.NDArray[np.int64]:

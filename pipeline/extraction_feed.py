@@ -66,10 +66,15 @@ class _Sent:
 
 def num_decode_workers(config: ExtractionConfig, num_rows: int) -> int:
     """How many decoding processes to start; no more than there are rows."""
-    wanted = config.decode_workers
-    if wanted is None:
-        wanted = max(1, min(num_cores() - 1, MAX_AUTOMATIC_WORKERS))
-    return min(wanted, num_rows)
+    return min(chosen_workers(config.decode_workers), num_rows)
+
+
+def chosen_workers(wanted: int | None) -> int:
+    """A number of decoding processes as a config gives it; None: one less than this process's cores, 1 to 16.
+
+    The processes of a job on one machine (torchrun's, for one) share its cores.
+    """
+    return max(1, min(num_cores() - 1, MAX_AUTOMATIC_WORKERS)) if wanted is None else wanted
 
 
 class ShardFeed:

@@ -129,7 +129,8 @@ def _view(run: LoadedRun, episode: Episode, queries: list[int], scores: np.ndarr
             f"{len(missing)} of the {len(ids)} videos to draw have no file: {shortened(missing, 2)}. Their cubes do not hold "
             "their frames; bring the files back, or give --manifest of where they are."
         )
-    clips = LiveClips(sources, run.config.sampling, run.config.training.decode_threads).read(ids, [0] * len(ids))
+    with LiveClips.of(run.config, sources) as source:
+        clips = source.read(ids, [0] * len(ids))
     return EpisodeView(
         class_names=episode.class_names,
         supports=tuple(map(ShownVideo, episode.support_ids, episode.support_labels)),

@@ -5,10 +5,8 @@ E episodes, V videos of an episode, S supports, Q queries.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from threading import Lock
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,13 +16,11 @@ from torch import Tensor, nn
 from cache.store import FeatureStore
 from episodes.batch import EpisodeBatch
 from episodes.sampler import Episode
-from extract.config import SamplingConfig
-from extract.decode import VideoError, VideoSource, read_views
 from pipeline.console import shortened
+from pipeline.live_clips import LiveClips, SourceError
+from pipeline.ranks import ALONE, Ranks
 
-
-class SourceError(ValueError):
-    """A video that an episode needs cannot be had; the message names it and the way out."""
+__all__ = ["CachedCubes", "EncodedClips", "LiveClips", "Source", "SourceError", "assemble"]
 
 
 class Source(Protocol):
@@ -98,115 +94,56 @@ class CachedCubes:
         return torch.from_numpy(self.store.read(list(video_ids), list(views), self.array))
 
 
-class LiveClips:
-    """Clips decoded from the video files, several at a time; the latest stay in memory as bytes."""
-
-    def __init__(
-        self,
-        videos: Mapping[str, VideoSource],
-        sampling: SamplingConfig,
-        decode_threads: int = 2,
-        cache_bytes: int = 1 << 30,
-    ) -> None:
-        self.videos = videos
-        self.sampling = sampling
-        self.cache_bytes = cache_bytes
-        self._pool = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
-        self._clips: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
-        self._held_bytes = 0
-        # The batch of the next step is made while the loop validates: both read.
-        self._lock = Lock()
-        self.degraded: dict[str, str] = {}
-        """Reason by video id, of every video that was read so far and is not quite whole."""
-
-    def check(self, video_ids: Sequence[str], views: Sequence[int]) -> None:  # noqa: ARG002  any view can be made of a file
-        """Refuse videos that have no file in this source; whether they decode shows only when they are read."""
-        unknown = [video_id for video_id in video_ids if video_id not in self.videos]
-        if unknown:
-            raise SourceError(f"{len(unknown)} videos have no file: {shortened(unknown)}")
-
-    def read(self, video_ids: Sequence[str], views: Sequence[int]) -> Tensor:
-        """Clips (V, F, H, W, 3) uint8.
-
-        Raises:
-            SourceError: a video cannot be decoded; it is named with the reason.
-        """
-        rows = list(zip(video_ids, views, strict=True))
-        held = self._take(rows)
-        wanted: dict[str, list[int]] = {}
-        for video_id, view in dict.fromkeys(rows):
-            if (video_id, view) not in held:
-                wanted.setdefault(video_id, []).append(view)
-        for clips in self._pool.map(lambda item: self._decode(*item), wanted.items()):
-            held.update(clips)
-            self._keep(clips)
-        return torch.from_numpy(np.stack([held[row] for row in rows]))
-
-    def _take(self, rows: Sequence[tuple[str, int]]) -> dict[tuple[str, int], np.ndarray]:
-        """What is in memory of these rows, marked as used."""
-        with self._lock:
-            held = {row: self._clips[row] for row in rows if row in self._clips}
-            for row in held:
-                self._clips.move_to_end(row)
-        return held
-
-    def _decode(self, video_id: str, views: list[int]) -> dict[tuple[str, int], np.ndarray]:
-        try:
-            decoded = read_views(self.videos[video_id], self.sampling, views)
-        except VideoError as error:
-            raise SourceError(
-                f"video {video_id} cannot be used: {error}. Take it out of the episodes with `mastaf extract` followed by "
-                "`mastaf dataset exclude MANIFEST --from-store STORE --out NEW.csv`, or repair the file."
-            ) from error
-        if decoded.status != "ok":
-            self.degraded[video_id] = str(decoded.reason)
-        return {(video_id, view): clip for view, clip in zip(views, decoded.clips, strict=True)}
-
-    def _keep(self, clips: Mapping[tuple[str, int], np.ndarray]) -> None:
-        with self._lock:
-            for row, clip in clips.items():
-                if row in self._clips or clip.nbytes > self.cache_bytes:
-                    continue
-                self._clips[row] = clip
-                self._held_bytes += clip.nbytes
-            while self._held_bytes > self.cache_bytes:
-                _, oldest = self._clips.popitem(last=False)
-                self._held_bytes -= oldest.nbytes
-
-
 class EncodedClips:
     """Each clip passed once through a backbone in evaluation mode; a video is encoded once however many episodes draw it.
 
     With running statistics a cube is a constant of its video (reference 12.8), so the scores are those of the whole model.
     """
 
-    def __init__(self, clips: LiveClips, encoder: nn.Module, device: torch.device) -> None:
+    def __init__(self, clips: LiveClips, encoder: nn.Module, device: torch.device, ranks: Ranks = ALONE) -> None:
         self.clips = clips
         self.encoder = encoder
         self.device = device
+        self.ranks = ranks
         self._cubes: dict[tuple[str, int], Tensor] = {}
 
     def check(self, video_ids: Sequence[str], views: Sequence[int]) -> None:
-        """Decode and encode every video in each of the views."""
+        """Decode and encode every video in each of the views; ranks, which all ask for the same, each do a share for all."""
         self.clips.check(video_ids, views)
-        self._encode([(video_id, view) for video_id in video_ids for view in views])
+        rows = self._missing([(video_id, view) for video_id in video_ids for view in views])
+        if not self.ranks.are_several or len(rows) < self.ranks.world_size:
+            self._encode(rows)
+            return
+        own = self.ranks.slice_of(range(len(rows)))
+        self._encode([rows[index] for index in own])
+        cubes = self.ranks.gather_rows(torch.stack([self._cubes[rows[index]] for index in own]))
+        self._cubes |= dict(zip(rows, cubes, strict=True))
+
+    def _missing(self, rows: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+        return [row for row in dict.fromkeys(rows) if row not in self._cubes]
 
     def _encode(self, rows: Sequence[tuple[str, int]], chunk: int = 32) -> None:
-        rows = [row for row in dict.fromkeys(rows) if row not in self._cubes]
         was_training = self.encoder.training
         self.encoder.eval()
+        parts = [rows[start : start + chunk] for start in range(0, len(rows), chunk)]
+        reads = deque(self._begin_read(part) for part in parts[:2])
         with torch.no_grad():
-            for start in range(0, len(rows), chunk):
-                part = rows[start : start + chunk]
-                clips = self.clips.read([row[0] for row in part], [row[1] for row in part]).to(self.device)
-                for row, cube in zip(part, self.encoder(clips[None])[0].cpu(), strict=True):
-                    self._cubes[row] = cube
+            for number, part in enumerate(parts):
+                clips = reads.popleft()()
+                if number + 2 < len(parts):
+                    # Decoded while this part and the next one are encoded.
+                    reads.append(self._begin_read(parts[number + 2]))
+                cubes = self.encoder(clips.to(self.device, non_blocking=True)[None])[0].cpu()
+                self._cubes |= dict(zip(part, cubes, strict=True))
         self.encoder.train(was_training)
+
+    def _begin_read(self, rows: Sequence[tuple[str, int]]) -> Callable[[], Tensor]:
+        return self.clips.begin_read([row[0] for row in rows], [row[1] for row in rows])
 
     def read(self, video_ids: Sequence[str], views: Sequence[int]) -> Tensor:
         """Cubes (V, C, T, H, W) float32."""
         rows = list(zip(video_ids, views, strict=True))
-        self._encode(rows)
+        self._encode(self._missing(rows))
         return torch.stack([self._cubes[row] for row in rows])
 
 
@@ -217,6 +154,8 @@ def assemble(
     query_views: np.ndarray,
     global_index: Mapping[str, int] | None = None,
     seeds: Sequence[int] | None = None,
+    augment: Callable[[Tensor, Sequence[tuple[str, int]]], Tensor] | None = None,
+    device: torch.device | None = None,
 ) -> EpisodeBatch:
     """Turn episodes (ids and labels) into the tensors of one batch.
 
@@ -227,11 +166,17 @@ def assemble(
         query_views: (E, Q) int64, the view of each query.
         global_index: training class name -> global label; None leaves the global labels out (evaluation).
         seeds: E seeds of what a head draws (`episodes.sampler.draw_noise_seed`).
+        augment: what becomes of clips in training, given the (video, view) of each (`pipeline.augmentation`).
+        device: where the inputs go, in one piece and before they are augmented; None: they stay where they are read.
     """
     num_supports = len(episodes[0].support_ids)
     ids = [video_id for episode in episodes for video_id in (*episode.support_ids, *episode.query_ids)]
-    views = np.concatenate([support_views, query_views], axis=1).reshape(-1)
-    videos = source.read(ids, [int(view) for view in views])
+    views = [int(view) for view in np.concatenate([support_views, query_views], axis=1).reshape(-1)]
+    videos = source.read(ids, views)
+    if device is not None:
+        videos = videos.to(device, non_blocking=True)
+    if augment is not None:
+        videos = augment(videos, list(zip(ids, views, strict=True)))
     videos = videos.reshape(len(episodes), -1, *videos.shape[1:])  # (E, V, ...)
     global_labels = None
     if global_index is not None:
@@ -248,7 +193,7 @@ def assemble(
         n_way=len(episodes[0].class_names),
         class_global_labels=global_labels,
         seeds=None if seeds is None else torch.tensor(seeds, dtype=torch.int64),
-        support_order=torch.tensor([_places(episode.support_ids) for episode in episodes]),
+        support_order=torch.tensor([_places(episode.support_ids) for episode in episodes], dtype=torch.int64),
     )
 
 

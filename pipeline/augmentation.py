@@ -1,0 +1,80 @@
+"""What becomes of the pixels of training clips: the operations of torchvision, drawn per (seed, video, view).
+
+V clips; F frames, H W pixels (both the crop size).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from configs.schema import RunConfig
+from configs.training import AugmentationConfig
+from pipeline.own_draws import OwnDraws
+
+Operation = Callable[[Tensor], Tensor]
+
+
+class Augmentation:
+    """Changes training clips; a clip's draws depend on the seed, its video and its view alone, in any thread and process.
+
+    It works where the clips are. What is drawn is the same on every device; pixels may differ by one there, as arithmetic does.
+    All frames of a clip get the same draw; what an operation takes from the picture (the mean grey of contrast), it takes from
+    each frame.
+    """
+
+    def __init__(self, config: AugmentationConfig, seed: int, crop_size: int) -> None:
+        """Put the operations together, in the order crop, RandAugment, colours, erasing.
+
+        Args:
+            config: says which operations and how strong.
+            seed: of the draws, with the clip's video and view.
+            crop_size: side of the clips in pixels.
+        """
+        self.seed = seed
+        self.operations = _operations(config, crop_size)
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Augmentation | None:
+        """That of a run; None where it would change nothing."""
+        augmentation = cls(config.augmentation, config.sampling.seed, config.sampling.crop_size)
+        return augmentation if augmentation.operations else None
+
+    def __call__(self, clips: Tensor, keys: Sequence[tuple[str, int]]) -> Tensor:
+        """Augment clips (V, F, H, W, 3) uint8 on any device, given the video and view of each; same shape and type.
+
+        View 0, the evaluation view, stays as it is.
+        """
+        if not self.operations or all(view == 0 for _, view in keys):
+            return clips
+        augmented = torch.empty_like(clips)
+        for place, (clip, (video_id, view)) in enumerate(zip(clips, keys, strict=True)):
+            augmented[place] = clip if view == 0 else self._augmented(clip, video_id, view)
+        return augmented
+
+    def _augmented(self, clip: Tensor, video_id: str, view: int) -> Tensor:
+        digest = hashlib.sha256(json.dumps([self.seed, video_id, view, "augmentation"]).encode()).digest()
+        frames = clip.permute(0, 3, 1, 2)  # (F, 3, H, W)
+        with OwnDraws(int.from_bytes(digest[:8], "little") >> 1):
+            for operation in self.operations:
+                frames = operation(frames)
+        return frames.permute(0, 2, 3, 1)
+
+
+def _operations(config: AugmentationConfig, crop_size: int) -> tuple[Operation, ...]:
+    chosen: list[Operation] = []
+    if config.crop_scale is not None:
+        chosen.append(v2.RandomResizedCrop(crop_size, scale=config.crop_scale, antialias=True))
+    if config.rand_augment:
+        chosen.append(v2.RandAugment(config.rand_augment, config.rand_augment_magnitude))
+    if config.color_jitter:
+        strength = config.color_jitter
+        chosen.append(v2.ColorJitter(strength, strength, strength, min(strength / 4, 0.5)))
+    if config.erasing_probability:
+        chosen.append(v2.RandomErasing(config.erasing_probability))
+    return tuple(chosen)
