@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from configs.load import to_toml
 from configs.schema import RunConfig
+from pipeline.augmentation import Augmentation
 from pipeline.batches import TrainingBatches
 from pipeline.checkpoint import Newest, remove_leftovers, write_file
 from pipeline.classify import clip_sampler
+from pipeline.determinism import deterministic
 from pipeline.initial_weights import load_initial_weights
 from pipeline.interrupts import Stopped, StopRequest
 from pipeline.learning import Learner, TrainingError
@@ -23,7 +25,7 @@ from pipeline.loop import run_loop
 from pipeline.model import ClipEncoder
 from pipeline.optimisation import make_stepper
 from pipeline.parameter_groups import freeze_parameters
-from pipeline.ranks import ALONE, Ranks
+from pipeline.ranks import ALONE, RankLost, Ranks
 from pipeline.run_card import write_card
 from pipeline.run_files import (
     Progress,
@@ -37,6 +39,7 @@ from pipeline.run_files import (
 )
 from pipeline.run_lock import locked
 from pipeline.run_log import RunLog
+from pipeline.settings import SetupError
 from pipeline.setup import Workplace, global_index, make_sampler, prepare
 from pipeline.sources import LiveClips, SourceError
 from pipeline.training_job import TrainingJob
@@ -96,10 +99,10 @@ def train_together(
         As `train`.
     """
     with ExitStack() as held:
+        held.enter_context(deterministic(runs[0][0].training.deterministic))
         places, checkpoints = _prepare_all(runs, device, resume, ranks, held)
-        # Every rank has looked at the folders before the first one writes into them.
-        ranks.wait()
-        stop = held.enter_context(StopRequest())
+        _refuse_unequal_positions(runs, checkpoints, ranks)
+        stop = held.enter_context(StopRequest(ranks.is_launched, is_silent=not ranks.is_first))
         jobs = []
         for (_, folder), place, checkpoint in zip(runs, places, checkpoints, strict=True):
             job = _make_job(place, folder, partial(report, folder), stop, ranks)
@@ -143,6 +146,18 @@ def _prepare_all(
     return places, checkpoints
 
 
+def _refuse_unequal_positions(
+    runs: Sequence[tuple[RunConfig, Path]], checkpoints: Sequence[Newest | None], ranks: Ranks
+) -> None:
+    """Every rank has looked at the folders, and found the same there, before the first one writes into them."""
+    found = ranks.gather([None if each is None else each.content["progress"] for each in checkpoints])
+    if any(each != found[0] for each in found):
+        raise SetupError(
+            f"the ranks of this job find different checkpoints in {', '.join(str(folder) for _, folder in runs)}. "
+            "Give an --out on a file system that all machines share."
+        )
+
+
 def _make_job(
     place: Workplace, folder: Path, report: Callable[[Mapping[str, Any]], None], stop: StopRequest, ranks: Ranks
 ) -> TrainingJob:
@@ -168,17 +183,27 @@ def _check_sources(job: TrainingJob) -> None:
     train_ids = [video.video_id for video in manifest.videos_of("train")]
     source.check(train_ids, range(config.episodes.train_views))
     scored_ids = [video_id for sampler in (job.validation, job.test) if sampler for video_id in sampler.video_ids]
+    if config.training.mode == "classify":
+        scored_ids += clip_sampler(config, manifest).held_out_ids
     if scored_ids:
         source.check(scored_ids, [0])
     if isinstance(source, LiveClips):
         # A file that does not decode should show now, not at the first validation.
-        wanted = [*(train_ids if config.training.check_videos else []), *scored_ids]
-        try:
-            source.try_all(job.ranks.slice_of(list(dict.fromkeys(wanted))))
-        except SourceError:
-            if job.folder.is_dir():
-                write_file(job.folder / "bad_videos.json", (json.dumps(source.failed, indent=2) + "\n").encode())
-            raise
+        wanted = list(dict.fromkeys([*(train_ids if config.training.check_videos else []), *scored_ids]))
+        with suppress(SourceError):
+            source.try_all(job.ranks.slice_of(wanted))
+        for failed in job.ranks.gather(source.failed):
+            source.failed |= cast(dict[str, str], failed)
+        _write_bad_videos(job)
+        source.refuse_failed(wanted)
+
+
+def _write_bad_videos(job: TrainingJob) -> None:
+    """List every video that could not be decoded, and why: on the first rank."""
+    source = job.place.source
+    if job.ranks.is_first and isinstance(source, LiveClips) and source.failed:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_file(job.folder / "bad_videos.json", (json.dumps(source.failed, indent=2) + "\n").encode())
 
 
 def _begin(job: TrainingJob, checkpoint: Newest | None, held: ExitStack) -> None:
@@ -186,7 +211,15 @@ def _begin(job: TrainingJob, checkpoint: Newest | None, held: ExitStack) -> None
     folder, training = job.folder, job.training
     remove_leftovers(folder)
     if checkpoint is None:
-        for name in ("best.pt", "card.json", "card.md", "backbone.pt", "previous.pt", "not_finite.json"):
+        for name in (
+            "best.pt",
+            "card.json",
+            "card.md",
+            "backbone.pt",
+            "previous.pt",
+            "not_finite.json",
+            "bad_videos.json",
+        ):
             (folder / name).unlink(missing_ok=True)  # of a run that never finished its first step
     else:
         note_resumption(checkpoint)
@@ -212,6 +245,8 @@ def _run(jobs: Sequence[TrainingJob], stop: StopRequest, ranks: Ranks) -> None:
         place.source,
         global_index(place.config, place.manifest),
         place.config.episodes.train_views,
+        augment=Augmentation.of(place.config) if is_live else None,
+        device=place.device,
         num_ahead=place.config.training.batches_ahead,
         # Threads that wait for decoding processes help; threads that gather cubes would only be in the way.
         num_threads=place.config.training.batches_ahead if is_live else 1,
@@ -237,17 +272,26 @@ def _run(jobs: Sequence[TrainingJob], stop: StopRequest, ranks: Ranks) -> None:
         _save_unfinished(jobs)
         for job in jobs:
             job.write_not_finite(error, batches)
+        _let_first_finish(ranks)
         raise
     except SourceError:
         _save_unfinished(jobs)
+        _write_bad_videos(jobs[0])
         raise
-    except Stopped:
-        # Within the validation of one head; all of them stand between two steps.
+    except (Stopped, RankLost):
+        # Stopped within the validation of one head, or a step that is not begun: all of them stand between two steps.
         _save_unfinished(jobs)
         raise
     unfinished = _save_unfinished(jobs) if stop.signal_number is not None else []
     if unfinished:
+        _let_first_finish(ranks)
         raise unfinished[0].stopped()
+
+
+def _let_first_finish(ranks: Ranks) -> None:
+    """Stay until the first rank has saved: a launcher ends all ranks when one has left with an error."""
+    with suppress(RankLost):
+        ranks.wait()
 
 
 def _save_unfinished(jobs: Sequence[TrainingJob]) -> list[TrainingJob]:
@@ -258,6 +302,8 @@ def _save_unfinished(jobs: Sequence[TrainingJob]) -> list[TrainingJob]:
 
 
 def _finish(job: TrainingJob, num_together: int) -> dict[str, Any]:
+    for degraded in job.ranks.gather(job.place.source.degraded):
+        job.place.source.degraded |= cast(dict[str, str], degraded)
     if not job.ranks.is_first:
         return {}
     job.save("last.pt")

@@ -22,8 +22,9 @@ from pipeline.interrupts import Stopped, StopRequest
 from pipeline.learning import StepRecord, StepSpeed, TrainingError
 from pipeline.model import ClipEncoder, FewShotModel
 from pipeline.optimisation import Stepper
-from pipeline.outcomes import outcomes_digest
+from pipeline.outcomes import outcomes_digest, write_outcomes
 from pipeline.ranks import Ranks
+from pipeline.run_card import VALIDATION_OUTCOMES
 from pipeline.run_files import Progress, save_run
 from pipeline.run_log import RunLog
 from pipeline.setup import Workplace
@@ -111,20 +112,23 @@ class TrainingJob:
         line: dict[str, Any] = {"kind": "validation", "episode": progress.episode}
         place = replace(self.place, model=self.stepper.averaged_model() or self.place.model)
         source = evaluation_source(place, self.ranks)
-        held_out = score_held_out(place, self.ranks) if self.training.mode == "classify" else None
+        held_out = score_held_out(place, self.ranks, self._refuse_to_go_on) if self.training.mode == "classify" else None
         score = self._score(place, source, self.validation) if self.validation is not None else None
         line |= held_out.line if held_out is not None else {}
         if score is not None:
             line |= {"val_accuracy": score.accuracy, "val_interval95": score.interval95, "val_episodes": score.episodes}
+        tested = self._score(place, source, self.test) if self.test is not None else None
+        # From here on nothing stops halfway: progress that is saved knows of this validation, or of none of it.
         is_best = self._is_best(score, held_out)
-        if self.test is not None:
-            tested = self._score(place, source, self.test)
+        if tested is not None:
             line |= {"test_accuracy_not_for_selection": tested.accuracy, "test_interval95": tested.interval95}
             if progress.test_selected_accuracy is None or tested.accuracy > progress.test_selected_accuracy:
                 progress.test_selected_accuracy = tested.accuracy
         progress.validated_episode = progress.episode
         if is_best:
             progress.best_episode = progress.episode
+            if score is not None and self.ranks.is_first:
+                write_outcomes(self.folder / VALIDATION_OUTCOMES, score)
             self.save("best.pt")
         self.write(line, {"seconds_validation": time.monotonic() - began})
         self.save("last.pt")

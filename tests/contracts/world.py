@@ -81,6 +81,7 @@ class World:
                 "backbone.options.width=4",
                 "extraction.forward_batch=4",
                 "extraction.decode_workers=0",
+                "training.decode_workers=0",
                 "store.shard_rows=8",
                 "store.dtype=float32",
                 "episodes.n_way=2",
@@ -89,7 +90,7 @@ class World:
                 "training.episodes_per_step=3",
                 "training.validate_every=6",
                 "training.validation_episodes=8",
-                "training.loggers=[\"csv\"]",
+                'training.loggers=["csv"]',
                 *overrides,
             ],
         )

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
+import signal
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +17,9 @@ from cache.store import MemoryStore
 from contracts.head_cases import CASES, make_batch, make_head
 from contracts.world import World
 from extract.build import build_backbone
+from pipeline.checkpoint import load_checkpoint
 from pipeline.extraction import build_spec, extract_videos, video_sources
+from pipeline.interrupts import Stopped
 from pipeline.scoring import evaluate_run, load_run
 from pipeline.training import train
 
@@ -62,3 +68,50 @@ def test_every_head_gives_the_cpus_scores_and_losses_on_a_gpu(cuda: torch.device
             torch.testing.assert_close(found.logits.cpu(), expected.logits, rtol=1e-6, atol=1e-6, msg=str(case))
             for name, term in expected.losses.items():
                 torch.testing.assert_close(found.losses[name].cpu(), term, rtol=1e-6, atol=1e-6, msg=f"{case} {name}")
+
+
+END_TO_END = ("training.mode=end_to_end", "training.backbone_batchnorm=episode", "training.optimizer=adamw")
+
+
+def losses_of(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "step"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        ((), 2e-2),
+        (("training.gradient_checkpointing=true",), 2e-2),
+        (("training.backbone_batchnorm=frozen", "training.clips_per_forward=1"), 2e-2),
+        # Eight bits of mantissa in every layer, and a step that follows from them.
+        (("training.compute_dtype=bfloat16",), 1e-1),
+        (("training.compute_dtype=float16",), 5e-2),
+    ],
+)
+def test_end_to_end_losses_of_a_gpu_are_those_of_the_cpu(
+    world: World, cuda: torch.device, tmp_path: Path, changes: tuple[str, ...], tolerance: float
+) -> None:
+    kept = [change for change in END_TO_END if change.split("=")[0] not in {each.split("=")[0] for each in changes}]
+    reference = [change for change in changes if "compute_dtype" not in change]
+    train(world.config(*kept, *reference), tmp_path / "cpu", torch.device("cpu"))
+    train(world.config(*kept, *changes), tmp_path / "cuda", cuda)
+    assert losses_of(tmp_path / "cuda") == pytest.approx(losses_of(tmp_path / "cpu"), rel=tolerance)
+
+
+def test_a_run_on_a_gpu_resumes_to_the_bit_with_deterministic_algorithms(
+    world: World, cuda: torch.device, tmp_path: Path
+) -> None:
+    config = world.config(*END_TO_END, "training.deterministic=true")
+    train(config, tmp_path / "whole", cuda)
+
+    def stop(line: Mapping[str, Any]) -> None:
+        if line["kind"] == "step" and line["episode"] == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        train(config, tmp_path / "cut", cuda, report=stop)
+    train(config, tmp_path / "cut", cuda, resume=True)
+    whole, cut = (load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("whole", "cut"))
+    for name, value in whole.items():
+        assert torch.equal(cut[name], value), name

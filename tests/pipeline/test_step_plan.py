@@ -18,7 +18,7 @@ def plan(ranks: Ranks = Ranks(), first_episode: int = 0, **knobs: Any) -> StepPl
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("per_forward", [None, 1, 2])
 def test_ranks_share_every_step_without_gap_or_repetition(world_size: int, per_forward: int | None) -> None:
-    knobs = {"episodes": 37, "episodes_per_step": 5, "episodes_per_forward": per_forward}
+    knobs: dict[str, Any] = {"episodes": 37, "episodes_per_step": 5, "episodes_per_forward": per_forward}
     plans = [plan(Ranks(rank, world_size), **knobs) for rank in range(world_size)]
     steps = list(plans[0].steps())
     assert [index for step in steps for index in step] == list(range(37))
@@ -36,7 +36,7 @@ def test_a_rank_without_an_episode_keeps_the_others_company() -> None:
 
 
 def test_a_resumed_run_has_the_steps_that_are_left() -> None:
-    knobs = {"episodes": 20, "episodes_per_step": 6, "published_first_step": True}
+    knobs: dict[str, Any] = {"episodes": 20, "episodes_per_step": 6, "published_first_step": True}
     whole = list(plan(**knobs).steps())
     for place, step in enumerate(whole):
         assert list(plan(first_episode=step.start, **knobs).steps()) == whole[place:]
