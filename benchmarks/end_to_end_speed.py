@@ -156,7 +156,7 @@ def profiled(config: RunConfig, folder: Path, device: torch.device, first: int, 
     wanted = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
     spans = sorted(
         (event.time_range.start, event.time_range.end)
-        for event in profiler.events() or []
+        for event in profiler.events() or []  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if event.device_type == wanted
     )
     wall = 1e6 * (times[1] - times[0])
