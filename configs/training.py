@@ -8,7 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class TrainingConfig(BaseModel):
-    """The one loop: heads on the cache, the backbone with its head, the backbone by classification. Defaults: the MASTAF paper, section 4."""
+    """The one loop: heads on the cache, the backbone with its head, the backbone by classification.
+
+    Defaults: the MASTAF paper, section 4.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -82,8 +85,8 @@ class TrainingConfig(BaseModel):
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Of the head's initial weights."""
     deterministic: bool = False
-    """Ask torch for deterministic algorithms, so that a run that is resumed on a GPU gives the bits of one that was not; slower there. A CPU
-    is deterministic without it."""
+    """Ask torch for deterministic algorithms, so that a run that is resumed on a GPU gives the bits of one that was not; slower there.
+    A CPU is deterministic without it."""
     initial_weights: str | None = None
     """A run's checkpoint or a published one (`mastaf list heads` names the kinds) to start from."""
     decode_workers: int | None = Field(default=None, ge=0, le=1024)
@@ -123,8 +126,8 @@ class TrainingConfig(BaseModel):
         )
         if is_synchronised and self.episodes_per_forward is not None:
             return (
-                'training.backbone_batchnorm = "synchronised" (what classification does if nothing is said) takes statistics over all clips '
-                'of a step, so they pass at once; leave episodes_per_forward out, lower episodes_per_step, or use "frozen".'
+                'training.backbone_batchnorm = "synchronised" (what classification does if nothing is said) takes statistics over all '
+                'clips of a step, so they pass at once; leave episodes_per_forward out, lower episodes_per_step, or use "frozen".'
             )
         if self.published_first_step and self.episodes_per_step == 1:
             return (

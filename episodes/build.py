@@ -54,6 +54,9 @@ class HeadEntry:
     """Options that make this head what it is; the config cannot change them."""
     query_reduction: QueryReduction = "mean"
     """How the published training reduces the loss over the queries of an episode; `training.query_reduction` overrides it."""
+    is_backbone_called_twice: bool = False
+    """Whether the released code passes supports and queries through its backbone in two calls, so that BatchNorm takes statistics of
+    each; `training.backbone_batchnorm = "published"` follows it."""
     is_experimental: bool = False
     """Whether the source is a description without code or formulas, so that details are ours."""
     order_reason: str = ""
@@ -75,7 +78,10 @@ HEADS: dict[str, HeadEntry] = {
     ),
     "protonet": HeadEntry("Squared distance (or cosine) to the mean of each class.", ProtonetOptions, ProtonetHead),
     "tsn_mean": HeadEntry(
-        "Mean cosine to the shots of each class, frames averaged (TSN++).", TsnMeanOptions, TsnMeanHead
+        "Mean cosine to the shots of each class, frames averaged (TSN++).",
+        TsnMeanOptions,
+        TsnMeanHead,
+        is_backbone_called_twice=True,
     ),
     "matchingnet": HeadEntry(
         "Every support votes for its class by its cosine, with or without full context embedding.",
@@ -100,6 +106,7 @@ HEADS: dict[str, HeadEntry] = {
         "Supports and queries attend to the supports; prototypes are contrasted with the queries (PAL).",
         PalOptions,
         PalHead,
+        is_backbone_called_twice=True,
     ),
     "arn": HeadEntry(
         "Second-order pooling under spatial attention and a relation network on pairs (ARN).",
@@ -125,12 +132,14 @@ HEADS: dict[str, HeadEntry] = {
         TrxConfig,
         TrxHead,
         query_reduction="sum",
+        is_backbone_called_twice=True,
     ),
     "strm": HeadEntry(
         "Patches and frames enriched by their neighbours, then tuples of frames as in trx.",
         StrmConfig,
         StrmHead,
         query_reduction="sum",
+        is_backbone_called_twice=True,
     ),
     "ta2n": HeadEntry(
         "Warps each video in time, then moves attended regions of query and class towards each other, frame by frame.",
@@ -138,16 +147,19 @@ HEADS: dict[str, HeadEntry] = {
         TA2NHead,
         query_reduction="sum",
         order_reason="the first shot of a class is the one that its other shots are laid onto",
+        is_backbone_called_twice=True,
     ),
     "otam": HeadEntry(
         "Cheapest ordered alignment of query and support frames, soft or hard, in both directions.",
         OtamConfig,
         OtamHead,
+        is_backbone_called_twice=True,
     ),
     "bi_mhm": HeadEntry(
         "Each frame's distance to the nearest frame of the other video (HyRSM), with the hybrid relation module as an option.",
         BiMhmConfig,
         BiMhmHead,
+        is_backbone_called_twice=True,
     ),
     "chamfer": HeadEntry(
         "Each tuple of frames finds its best match among all shots of the class, and the other way round (Chamfer++).",

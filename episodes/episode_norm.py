@@ -1,4 +1,4 @@
-"""Batch normalisation whose batch is one episode."""
+"""Batch normalisation whose batch is one episode, and running statistics that can wait for their turn."""
 
 # E episodes, M samples of an episode (videos, maps, pairs), U channels
 
@@ -7,6 +7,42 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+
+class RunningStatistics:
+    """Part of a batch normalisation: its running statistics, which are added in the order of the episodes, at once or later.
+
+    Moments are (E, uses, 2, U): of each episode and each use of the module within it the mean and the unbiased variance.
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    momentum: float | None
+    """Share of each new value; None: the average of all of them, as in torch."""
+    waiting: list[Tensor] | None = None
+    """Moments that were noted and not added, in their order; None: they are added at once."""
+    is_shared: bool = False
+    """Whether every rank's moments are already those of all ranks."""
+
+    def note_moments(self, moments: Tensor) -> None:
+        """Take the moments (E, uses, 2, U) of a call, to add them now or when the time has come."""
+        if self.waiting is None:
+            self.apply_moments(moments)
+        else:
+            self.waiting.append(moments)
+
+    @torch.no_grad()
+    def apply_moments(self, moments: Tensor) -> None:
+        """Add moments (E, uses, 2, U), of any float type and on any device: episode by episode, the uses of each in their order."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        for mean, variance in moments.to(self.running_mean).flatten(0, 1):
+            self.num_batches_tracked += 1
+            share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(variance, share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +55,7 @@ class BatchMoments:
     """(E, U), unbiased."""
 
 
-class EpisodeBatchNorm(nn.Module):
+class EpisodeBatchNorm(RunningStatistics, nn.Module):
     """Batch normalisation whose batch is one episode, and whose running update waits until `update` is called.
 
     `nn.BatchNorm1d` and its sisters would mix the episodes of a call, and would update between the uses of one episode; here E
@@ -30,7 +66,7 @@ class EpisodeBatchNorm(nn.Module):
     running_var: Tensor
     num_batches_tracked: Tensor
 
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1) -> None:
         super().__init__()
         self.eps = eps
         self.momentum = momentum
@@ -82,20 +118,12 @@ class EpisodeBatchNorm(nn.Module):
         normalized = (values - mean.reshape(each)) * scale.reshape(each) + self.bias.reshape(shape)
         return normalized, BatchMoments(mean.detach(), variance.detach() * correction)
 
-    @torch.no_grad()
     def update(self, uses: Sequence[BatchMoments | None]) -> None:
-        """Add the statistics of one call to the running ones: episode by episode, the uses of each in their order.
+        """Add the statistics of one call to the running ones (or let them wait): episode by episode, the uses of each in their order.
 
         Args:
             uses: one entry per use, each over the same E episodes; None (evaluation) counts for nothing.
         """
-        taken = [use for use in uses if use is not None]
-        if not taken:
-            return
-        num_episodes = taken[0].mean.shape[0]
-        means = torch.stack([use.mean for use in taken], dim=1).reshape(-1, self.weight.numel())
-        variances = torch.stack([use.variance for use in taken], dim=1).reshape(-1, self.weight.numel())
-        for mean, variance in zip(means, variances, strict=True):
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
-        self.num_batches_tracked += num_episodes * len(taken)
+        taken = [torch.stack([use.mean, use.variance], dim=1) for use in uses if use is not None]
+        if taken:
+            self.note_moments(torch.stack(taken, dim=1))  # (E, uses, 2, U)

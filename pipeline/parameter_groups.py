@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from configs.training import TrainingConfig
-from pipeline.model import FewShotModel
+from pipeline.model import ClipEncoder, FewShotModel
 
 ENCODER = "encoder."
 """What the names of a backbone's parameters begin with; all others are the head's."""
@@ -44,6 +44,9 @@ def freeze_parameters(model: FewShotModel, training: TrainingConfig) -> list[str
     frozen = [name for name in parameters if _is_frozen(name, training)]
     for name in frozen:
         parameters[name].requires_grad_(False)
+    encoder = model.encoder
+    if isinstance(encoder, ClipEncoder) and not any(each.requires_grad for each in encoder.parameters()):
+        encoder.rest()  # whichever knob froze it all, a frozen backbone is in evaluation mode
     return frozen
 
 

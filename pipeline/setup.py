@@ -17,13 +17,36 @@ from episodes.checks import refuse_overlap
 from episodes.datasets import Manifest, read_manifest
 from episodes.sampler import EpisodeProtocol, EpisodeSampler
 from extract.build import BackboneError, build_backbone
+from pipeline.batchnorm import batch_statistics
+from pipeline.classify import resolved_classification
+from pipeline.classify_model import build_classifier
 from pipeline.extraction import video_sources
-from pipeline.model import ClipEncoder, FewShotModel, cube_shape, describe_backbone, forward_in_full_batches
+from pipeline.model import (
+    BackboneLearning,
+    ClipEncoder,
+    FewShotModel,
+    cube_shape,
+    describe_backbone,
+    forward_in_full_batches,
+)
 from pipeline.settings import SetupError, open_configured_store, with_settings_of
 from pipeline.sources import CachedCubes, LiveClips
 
 OWN_TRAINING = frozenset(
-    {"optimizer", "learning_rate", "momentum", "weight_decay", "schedule", "query_reduction", "seed", "initial_weights"}
+    {
+        *(
+            "optimizer",
+            "learning_rate",
+            "rates",
+            "freeze",
+            "momentum",
+            "nesterov",
+            "weight_decay",
+            "decay_norm_and_bias",
+        ),
+        *("schedule", "milestones", "milestone_factor", "warmup_episodes", "clip_gradient_norm", "ema_decay"),
+        *("query_reduction", "seed", "initial_weights"),
+    }
 )
 """Keys of ``[training]`` in which heads that train on one pass of the data may differ."""
 
@@ -119,7 +142,7 @@ def prepare(
     checkpoint: Mapping[str, Any] | None = None,
     beside: Workplace | None = None,
 ) -> Workplace:
-    """Put a training run together: on the cache, or end to end.
+    """Put a training run together: on the cache, end to end, or in classification.
 
     Args:
         config: as the user gave it; the workplace holds it with paths made absolute and, on the cache, with the store's settings.
@@ -127,10 +150,9 @@ def prepare(
         checkpoint: of the run to resume; its backbone is rebuilt without the file that it once started from.
         beside: a workplace on the cache that this one shares its data with; configs may differ in ``[head]`` and `OWN_TRAINING`.
     """
-    published = HEADS[config.head.name].query_reduction
-    if config.training.query_reduction is None:
-        training = config.training.model_copy(update={"query_reduction": published})
-        config = config.model_copy(update={"training": training})
+    if config.training.mode == "classify":
+        config = resolved_classification(config)
+    config = _with_defaults_settled(config)
     if beside is not None:
         return _prepare_beside(config, device, beside)
     manifest = load_manifest(config)
@@ -143,14 +165,21 @@ def prepare(
         model = build_model(config, nn.Identity(), source.cube_shape, num_classes, device)
         return Workplace(config, manifest, model, source, store, device, num_classes)
     encoder = build_encoder(config, device, checkpoint)
-    live = LiveClips(
-        video_sources(manifest, config.data.allow_outside),
-        config.sampling,
-        config.training.decode_threads,
-        config.training.clip_cache_bytes,
-    )
-    model = build_model(config, encoder, encoder_cube_shape(config, encoder, device), num_classes, device)
+    live = LiveClips.of(config, video_sources(manifest, config.data.allow_outside), device)
+    build = build_classifier if config.training.mode == "classify" else build_model
+    model = build(config, encoder, encoder_cube_shape(config, encoder, device), num_classes, device)
     return Workplace(config, manifest, model, live, None, device, num_classes)
+
+
+def _with_defaults_settled(config: RunConfig) -> RunConfig:
+    """The config with what depends on its other parts written out, so that a later default cannot re-interpret the run."""
+    training = config.training
+    settled: dict[str, str | None] = {}
+    if training.query_reduction is None:
+        settled["query_reduction"] = HEADS[config.head.name].query_reduction
+    if training.mode != "cached" and training.backbone_batchnorm is None:
+        settled["backbone_batchnorm"] = batch_statistics(training, config.head.name)
+    return config.model_copy(update={"training": training.model_copy(update=settled)})
 
 
 def _prepare_beside(config: RunConfig, device: torch.device, first: Workplace) -> Workplace:
@@ -200,7 +229,12 @@ def build_encoder(config: RunConfig, device: torch.device, checkpoint: Mapping[s
         forward_batch=config.extraction.forward_batch,
         compute_dtype=config.extraction.compute_dtype,
         is_trained=config.training.backbone_learning_rate != 0,
-        batchnorm=config.training.backbone_batchnorm,
+        learning=BackboneLearning(
+            batchnorm=batch_statistics(config.training, config.head.name),
+            compute_dtype=config.training.compute_dtype or config.extraction.compute_dtype,
+            clips_per_forward=config.training.clips_per_forward,
+            gradient_checkpointing=config.training.gradient_checkpointing,
+        ),
     )
 
 

@@ -250,3 +250,18 @@ def test_groups_reach_the_optimizer(optimizer: str, kind: type[torch.optim.Optim
 def test_layer_decay_without_a_learning_backbone_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"layer_decay = 0\.9 has no effect"):
         TrainingConfig(layer_decay=0.9, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"freeze": ("encoder.*",)}, {"rates": {"encoder.*": 0.0}}, {"backbone_learning_rate": 0.0}]
+)
+def test_a_backbone_that_is_frozen_whole_stays_in_evaluation_mode_whichever_knob_froze_it(
+    settings: dict[str, Any],
+) -> None:
+    model = untouched("small3d").train()
+    freeze_parameters(model, knobs(**settings))
+    assert isinstance(model.encoder, ClipEncoder)
+    for _ in range(2):
+        assert not any(module.training for module in model.encoder.backbone.modules())
+        assert model.head.training
+        model.train()
