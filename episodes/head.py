@@ -22,6 +22,9 @@ class HeadOutput:
     """Loss terms by name, (E, Q) each: neither weighted nor reduced over queries. Empty without labels."""
     maps: dict[str, Tensor] = field(default_factory=dict)
     """What there is to see, on request: attention, alignment paths, offsets, chosen tokens; `episodes.maps` has the names."""
+    labels: Tensor | None = None
+    """(E, Q) int64 classes that training accuracy is counted against where they are not the batch's: of mixed clips the class of
+    most weight."""
 
     def __post_init__(self) -> None:
         if self.logits.ndim != 3:

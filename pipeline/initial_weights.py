@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from extract.backbones.r3d import published_state_dict as r3d_trunk
 from extract.backbones.tsn import published_state_dict as tsn_trunk
 from extract.weights import copy_weights
 from pipeline.checkpoint import FORMAT, CheckpointError, load_weights
+from pipeline.classify_model import ClassifierModel
+from pipeline.console import say
 from pipeline.model import ClipEncoder, FewShotModel
 
 
@@ -64,8 +67,9 @@ FORMATS: list[PublishedFormat] = [
 def load_initial_weights(model: FewShotModel, path: Path) -> None:
     """Copy a checkpoint into a model.
 
-    A checkpoint of ours gives the parts that the model has: an end-to-end run's checkpoint also starts a head on the cache. A
-    published one (`FORMATS`) gives the head, and the backbone where the model has one.
+    A checkpoint of ours gives the parts that the model has: an end-to-end run's checkpoint also starts a head on the cache. Between
+    classification and a few-shot head only the backbone goes over, either way. A published one (`FORMATS`) gives the head, and the
+    backbone where the model has one.
 
     Raises:
         CheckpointError: unreadable, of no known kind, or a part of the model is missing in it or has another shape.
@@ -75,21 +79,47 @@ def load_initial_weights(model: FewShotModel, path: Path) -> None:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint.")
     if content.get("format") == FORMAT and "model" in content:
-        _load_ours(model, content["model"], path)
+        is_of_classes = _is_classification(content)
+        if is_of_classes == isinstance(model, ClassifierModel):
+            _load_ours(model, content["model"], path)
+        else:
+            _load_backbone_of_ours(model, content["model"], path, is_of_classes)
     else:
         _load_published(model, content, path)
 
 
 def _load_ours(model: FewShotModel, state: Mapping[str, Tensor], path: Path) -> None:
     own = model.state_dict()
+    _refuse_misfit(own, state, path, "Start from a run with the same head, cubes and classes.")
+    model.load_state_dict({name: state[name] for name in own})
+
+
+def _load_backbone_of_ours(model: FewShotModel, state: Mapping[str, Tensor], path: Path, is_of_classes: bool) -> None:
+    """The part that a classification run and one with a few-shot head have in common; the head stays as it is."""
+    if not isinstance(model.encoder, ClipEncoder):
+        raise CheckpointError(
+            f"{path} is of a classification run: a backbone and a linear classifier, so it has nothing for a head on the cache. Train "
+            "that head on its cubes (`mastaf extract --from-run RUN`), or end to end."
+        )
+    own = {name: value for name, value in model.state_dict().items() if name.startswith("encoder.")}
+    _refuse_misfit(own, state, path, "Start from a run with the same backbone.")
+    model.load_state_dict({name: state[name] for name in own}, strict=False)
+    there = "classifies" if is_of_classes else "has a few-shot head"
+    say(f"{path} {there}: only its backbone is taken, the head begins anew")
+
+
+def _refuse_misfit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path, way_out: str) -> None:
     missing = sorted(own.keys() - state.keys())
     wrong = [name for name in own if name in state and state[name].shape != own[name].shape]
     if missing or wrong:
         raise CheckpointError(
-            f"{path} does not fit this model: it lacks {missing[:3] or 'nothing'}, other shapes in {wrong[:3] or 'nothing'}. "
-            "Start from a run with the same head, cubes and classes."
+            f"{path} does not fit this model: it lacks {missing[:3] or 'nothing'}, other shapes in {wrong[:3] or 'nothing'}. {way_out}"
         )
-    model.load_state_dict({name: state[name] for name in own})
+
+
+def _is_classification(content: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint of ours is of a classification run."""
+    return bool(tomllib.loads(content["config"])["training"].get("mode") == "classify")
 
 
 def _load_published(model: FewShotModel, content: Mapping[str, Any], path: Path) -> None:

@@ -17,10 +17,12 @@ from configs.load import load_config
 from configs.schema import RunConfig
 from episodes.datasets import Manifest
 from pipeline.checkpoint import load_checkpoint
+from pipeline.classify import build_scorer
 from pipeline.evaluation import Accuracy, evaluate_model
 from pipeline.extraction import build_spec, video_sources
 from pipeline.model import FewShotModel
 from pipeline.provenance import code_version
+from pipeline.ranks import ALONE, Ranks
 from pipeline.run_files import resolved_head_options
 from pipeline.settings import SetupError, open_configured_store
 from pipeline.setup import build_encoder, build_model, encoder_cube_shape, load_manifest, make_sampler
@@ -44,7 +46,11 @@ class LoadedRun:
 
 
 def load_run(
-    folder: Path, device: torch.device, store_path: str | None = None, manifest_path: str | None = None
+    folder: Path,
+    device: torch.device,
+    store_path: str | None = None,
+    manifest_path: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> LoadedRun:
     """Open a run at its best checkpoint.
 
@@ -53,6 +59,7 @@ def load_run(
         device: where the model runs.
         store_path: score on this store; for an end-to-end run it must be filled by the run's own backbone.
         manifest_path: another manifest, for instance one without rejected videos.
+        ranks: of this job; each encodes its share of the videos, where there is no store.
 
     Raises:
         SetupError: no run there, or not one that this version reads as it was meant.
@@ -72,7 +79,7 @@ def load_run(
         model = build_model(config, nn.Identity(), source.cube_shape, content["num_classes"], device)
         model.load_state_dict(content["model"])
         return LoadedRun(config, manifest, model, source, store.spec.fingerprint, content["classes"])
-    return _end_to_end(config, manifest, content, device, store_path)
+    return _end_to_end(config, manifest, content, device, store_path, ranks)
 
 
 def read_run(folder: Path, device: torch.device, manifest_path: str | None = None) -> tuple[RunConfig, dict[str, Any]]:
@@ -101,21 +108,26 @@ def read_run(folder: Path, device: torch.device, manifest_path: str | None = Non
 
 
 def _end_to_end(
-    config: RunConfig, manifest: Manifest, content: dict[str, Any], device: torch.device, store_path: str | None
+    config: RunConfig,
+    manifest: Manifest,
+    content: dict[str, Any],
+    device: torch.device,
+    store_path: str | None,
+    ranks: Ranks,
 ) -> LoadedRun:
     encoder = build_encoder(config, device, content)
-    model = build_model(config, encoder, encoder_cube_shape(config, encoder, device), content["num_classes"], device)
-    model.load_state_dict(content["model"])
+    shape = encoder_cube_shape(config, encoder, device)
+    if config.training.mode == "classify":
+        # The linear classifier knows the training classes alone; other classes are scored by a head without weights.
+        model = FewShotModel(encoder, build_scorer(config, shape)).to(device)
+    else:
+        model = build_model(config, encoder, shape, content["num_classes"], device)
+        model.load_state_dict(content["model"])
     model.eval()
     spec = build_spec(config, encoder.backbone, device)
     if store_path is None:
-        clips = LiveClips(
-            video_sources(manifest, config.data.allow_outside),
-            config.sampling,
-            config.training.decode_threads,
-            config.training.clip_cache_bytes,
-        )
-        source: Source = EncodedClips(clips, encoder, device)
+        clips = LiveClips.of(config, video_sources(manifest, config.data.allow_outside), device)
+        source: Source = EncodedClips(clips, encoder, device, ranks)
         return LoadedRun(config, manifest, model, source, spec.fingerprint, content["classes"])
     store = open_store(store_path)
     # The store may hold half precision; everything else must be the run's own.
@@ -140,6 +152,7 @@ def evaluate_run(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     k_shot: int | None = None,
     n_query: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[str, Any], Accuracy]:
     """Score a run on fixed episodes of a split.
 
@@ -151,6 +164,7 @@ def evaluate_run(
         on_progress: called with (episodes done, episodes in all).
         k_shot: another number of shots than the run was trained with.
         n_query: another number of queries; runs are compared on the same episodes only if both numbers agree.
+        ranks: of this job; each scores its share.
 
     Returns:
         The JSON-able result with everything that made it, and the accuracy with its episodes.
@@ -161,7 +175,7 @@ def evaluate_run(
     refuse_seen_classes(run, split)
     sampler = make_sampler(config, manifest, split)
     scorer = FewShotModel(nn.Identity(), run.model.head).to(device)
-    score = evaluate_model(scorer, run.source, sampler, episodes, device, on_progress)
+    score = evaluate_model(scorer, run.source, sampler, episodes, device, on_progress, ranks)
     result = {
         "accuracy": score.accuracy,
         "interval95": score.interval95,

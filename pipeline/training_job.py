@@ -112,7 +112,9 @@ class TrainingJob:
         line: dict[str, Any] = {"kind": "validation", "episode": progress.episode}
         place = replace(self.place, model=self.stepper.averaged_model() or self.place.model)
         source = evaluation_source(place, self.ranks)
-        held_out = score_held_out(place, self.ranks, self._refuse_to_go_on) if self.training.mode == "classify" else None
+        held_out = (
+            score_held_out(place, self.ranks, self._refuse_to_go_on) if self.training.mode == "classify" else None
+        )
         score = self._score(place, source, self.validation) if self.validation is not None else None
         line |= held_out.line if held_out is not None else {}
         if score is not None:

@@ -12,10 +12,14 @@ DATA_SETS = ("ucf101", "hmdb51", "ssv2_part", "ssv2_all")
 RIVALS = ("baseline", "matchingnet", "trx", "strm", "ta2n", "tsn_mean", "otam", "feat", "pal")
 """Heads of other papers; their recipes end in the name."""
 RIVAL_RECIPES = [file for file in RECIPES if file.stem.endswith(tuple(f"shot_{head}" for head in RIVALS))]
+CLASSIFY_RECIPES = ("classify_r3d50", "classify_tsn", "demo_classify", "ssv2_all_r3d50_classify")
+"""First stages: they train a backbone, and no few-shot head."""
 PAPER_RECIPES = [
     file
     for file in RECIPES
-    if file.stem.startswith(DATA_SETS) and file.stem != "hmdb51_published_readme" and file not in RIVAL_RECIPES
+    if file.stem.startswith(DATA_SETS)
+    and file.stem not in ("hmdb51_published_readme", *CLASSIFY_RECIPES)
+    and file not in RIVAL_RECIPES
 ]
 PER_STEP = {"ucf101": 128, "hmdb51": 64, "ssv2_part": 32, "ssv2_all": 32}
 BACKBONES = {"r3d50": "r3d50", "tsn": "tsn_resnet50", "vivit": "vivit"}
@@ -206,7 +210,56 @@ def test_recipes_of_other_methods_hold_the_published_settings(head: str, data: s
         config.episodes.n_query,
         training.query_reduction,
     ) == RIVAL_SETTINGS[head, data]
-    assert (training.optimizer, training.momentum, training.schedule) == ("sgd", 0.0, "constant")
+    # Reference 6: PAL alone steps down, at 3,000 and 6,000.
+    schedule = ("multi_step", (3_000, 6_000)) if head == "pal" else ("constant", ())
+    assert (training.optimizer, training.momentum) == ("sgd", 0.0)
+    assert (training.schedule, training.milestones) == schedule
+
+
+def test_every_pal_recipe_steps_down_and_names_its_pre_training() -> None:
+    recipes = [file for file in RIVAL_RECIPES if file.stem.endswith("_pal")]
+    assert len(recipes) == 6
+    for file in recipes:
+        config, header = load_config(file), file.read_text().split("[data]")[0]
+        assert config.training.milestones == (3_000, 6_000)
+        data = file.stem.split("_tsn")[0]
+        assert f"mastaf train classify_tsn --set data.manifest={data}.csv --out runs/{data}_tsn_classify" in header
+        assert f"--set training.initial_weights=runs/{data}_tsn_classify/best.pt" in header
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=[file.stem for file in RECIPES])
+def test_recipe_that_trains_a_backbone_states_what_its_batchnorm_does(file: Path) -> None:
+    config = load_config(file)
+    if config.training.mode == "cached":
+        assert config.training.backbone_batchnorm is None
+        return
+    ours = {
+        "demo_end_to_end": "episode",
+        "end_to_end_mastaf": "episode",
+        "demo_classify": "synchronised",
+        "classify_r3d50": "frozen",
+        "classify_tsn": "synchronised",
+        "ssv2_all_r3d50_classify": "synchronised",
+    }
+    assert config.training.backbone_batchnorm == ours.get(file.stem, "published")
+    assert "not in two calls" not in file.read_text()
+
+
+def test_classification_recipes_are_those_listed_and_fit_the_few_shot_recipes_that_follow_them() -> None:
+    found = {file.stem: load_config(file) for file in RECIPES if load_config(file).training.mode == "classify"}
+    assert sorted(found) == sorted(CLASSIFY_RECIPES)
+    assert all(config.classify.holdout > 0 for config in found.values())
+    # The backbone is used on the frames that it was trained on.
+    tsn, pal = found["classify_tsn"], load_config(recipe_folder() / "hmdb51_tsn_5shot_pal.toml")
+    assert (tsn.sampling, tsn.backbone) == (pal.sampling, pal.backbone)
+    demo, end_to_end = found["demo_classify"], load_config(recipe_folder() / "demo_end_to_end.toml")
+    assert (demo.sampling, demo.backbone) == (end_to_end.sampling, end_to_end.backbone)
+    # Equal numbers of clips pass in training: 5 ways with 1 support and 3 queries each.
+    assert demo.training.episodes == end_to_end.training.episodes * 5 * (1 + 3)
+    baseline = load_config(recipe_folder() / "ssv2_all_r3d50_1shot_baseline.toml")
+    r3d = found["ssv2_all_r3d50_classify"]
+    assert r3d.sampling == baseline.sampling.model_copy(update={"crop": "random", "flip": False})
+    assert r3d.backbone == baseline.backbone
 
 
 def test_there_is_a_recipe_for_every_row_of_the_paper_that_runs() -> None:
