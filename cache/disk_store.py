@@ -218,6 +218,8 @@ class DiskStore(TableStore):
             "backend": self._document.backend,
             "compression": self._document.compression,
             "bytes": self._files.total_bytes(),
+            "weights_digest": self.spec.weights_digest,
+            "from_run": self.origin.get("from_run"),
             **self._shared_layout(),
         }
 

@@ -16,13 +16,15 @@ import pytest
 import torch
 
 from cache.open import open_store
-from configs.load import to_toml
+from cache.summary import summarise
+from configs.load import load_config, to_toml
 from configs.schema import RunConfig
 from contracts.world import World
-from extract.build import build_backbone
+from extract.build import build_backbone, weights_digest
 from pipeline import training, training_job
 from pipeline.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, write_file
 from pipeline.evaluation import Accuracy
+from pipeline.extract_command import extract_to_store
 from pipeline.extraction import build_spec, extract_videos, video_sources
 from pipeline.interrupts import Stopped
 from pipeline.scoring import evaluate_run, load_run
@@ -225,6 +227,22 @@ def test_end_to_end_run_scores_the_same_live_and_through_its_re_extracted_cubes(
     cached, _ = evaluate_run(load_run(tmp_path / "run", CPU, str(tmp_path / "s.zarr")), "test", 40, CPU)
     assert live["accuracy"] == cached["accuracy"]
     assert live["store_fingerprint"] == cached["store_fingerprint"]
+
+
+def test_store_of_a_run_names_it_and_a_head_on_it_may_start_from_the_runs(world: World, tmp_path: Path) -> None:
+    run, store = tmp_path / "run", tmp_path / "s.zarr"
+    training.train(config_of(world, "end_to_end", tmp_path, "training.optimizer=adam"), run, CPU)
+    extract_to_store(world.manifest_path, None, None, str(store), None, None, run, "cpu", ())
+    with open_store(store) as opened:
+        facts = summarise(opened)
+    config = load_config(run / "config.toml", tables={"backbone": {"weights": str(run / "backbone.pt")}})
+    assert facts["from_run"] == str(run)
+    assert facts["weights_digest"] == weights_digest(build_backbone(config.backbone, config.sampling))
+    start = (f'training.initial_weights="{run / "best.pt"}"', f'backbone.weights="{run / "backbone.pt"}"')
+    training.train(config_of(world, "cached", store, "training.episodes=0", *start), tmp_path / "head", CPU)
+    trained = weights(run, "best.pt")
+    for name, value in weights(tmp_path / "head").items():
+        assert torch.equal(value, trained[name]), name
 
 
 def test_interval_is_that_of_the_reference() -> None:
