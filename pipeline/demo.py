@@ -123,7 +123,7 @@ def _run_stages(folder: Path, quick: bool) -> dict[str, Any]:
     demo = _Demo(folder, QUICK if quick else FULL)
     started = time.monotonic()
     with demo.stage("render the videos"):
-        manifest = _render(demo)
+        manifest = render_videos(folder, demo.size.videos_per_class)
     with demo.stage("train MASTAF end to end"):
         _train(demo, "end_to_end", demo.config("demo_end_to_end"))
     with demo.stage("extract cubes, untrained and trained backbone"):
@@ -147,12 +147,13 @@ def _run_stages(folder: Path, quick: bool) -> dict[str, Any]:
     return _report(demo, manifest, results, time.monotonic() - started)
 
 
-def _render(demo: _Demo) -> Manifest:
+def render_videos(folder: Path, videos_per_class: int) -> Manifest:
+    """Write the demo's videos into ``folder/videos`` and their manifest, ``folder/videos.csv``; gives it back."""
     with progress("render") as on_progress:
-        rows = write_demo_videos(demo.folder / "videos", demo.size.videos_per_class, SEED, on_progress)
+        rows = write_demo_videos(folder / "videos", videos_per_class, SEED, on_progress)
     videos = tuple(replace(row, path=f"videos/{row.path}") for row in rows)
-    write_manifest(Manifest(videos, demo.folder), demo.manifest)
-    return read_manifest(demo.manifest)
+    write_manifest(Manifest(videos, folder), folder / "videos.csv")
+    return read_manifest(folder / "videos.csv")
 
 
 def _train(demo: _Demo, name: str, config: RunConfig) -> dict[str, Any]:

@@ -1,0 +1,102 @@
+"""What the stages of a pipeline leave on disk, as hashes of its parts: whether a stage is finished is read off these."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from cache.errors import StoreError
+from cache.open import FORMATS, open_files, open_store
+from cache.verify import verify
+from episodes.datasets import Manifest
+from pipeline.checkpoint import content_digest, load_checkpoint
+
+VERIFY_THREADS = 2
+
+
+class OutputDamaged(ValueError):
+    """An output is not whole."""
+
+
+def run_hashes(folder: Path) -> dict[str, str]:
+    """Of a run that has ended: its best weights, and its backbone where it trained one.
+
+    Its config and card only have to be there: what they say of the weights stands in best.pt too.
+
+    Raises:
+        OutputDamaged: a file is missing.
+        CheckpointError: a checkpoint cannot be read.
+    """
+    missing = [name for name in ("best.pt", "config.toml", "card.json") if not (folder / name).is_file()]
+    if missing:
+        raise OutputDamaged(f"{missing[0]} is missing")
+    found = {"weights": content_digest(load_checkpoint(folder / "best.pt")["model"])}
+    if (folder / "backbone.pt").is_file():
+        found["backbone"] = content_digest(load_checkpoint(folder / "backbone.pt")["state_dict"])
+    return found
+
+
+def store_hashes(folder: Path, is_full: bool) -> dict[str, str]:
+    """Of a filled store: the fingerprint of its spec, and its content.
+
+    Args:
+        folder: of the store.
+        is_full: also read every byte; otherwise only sizes of files are held against the ledger.
+
+    Raises:
+        OutputDamaged: rows are not extracted yet, or files are damaged.
+        StoreError: it is no store that can be opened.
+    """
+    with open_store(folder) as store:
+        num_pending = len(store.pending())
+        found = {"fingerprint": store.spec.fingerprint, "content": store.content_hash()}
+    report = verify(open_files(folder), FORMATS.__getitem__, is_full, VERIFY_THREADS)
+    if not report.is_whole:
+        first = report.damages[0]
+        more = f", and {len(report.damages) - 1} more" if len(report.damages) > 1 else ""
+        raise OutputDamaged(f"{first.file}: {first.what}{more}")
+    if num_pending:
+        raise OutputDamaged(f"{num_pending} shards are not extracted yet")
+    return found
+
+
+def files_hashes(folder: Path, num_files: int = 1) -> dict[str, str]:
+    """Of a folder of plain files: all of them by name and content.
+
+    Raises:
+        OutputDamaged: there are fewer than `num_files`.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    if len(paths) < num_files:
+        raise OutputDamaged("files are missing")
+    lines = [f"{path.relative_to(folder).as_posix()} {_file_hash(path)}" for path in paths]
+    return {"files": _hash(lines)}
+
+
+def manifest_hashes(manifest: Manifest) -> dict[str, str]:
+    """Of a manifest: what episodes are drawn from, and every row with the place of its file."""
+    rows = [json.dumps(asdict(video), sort_keys=True) for video in manifest.videos]
+    return {"split_hash": manifest.split_hash, "content": _hash(rows)}
+
+
+def weights_name(text: str | None) -> str | None:
+    """What stands for a weights entry of a config: a file's content, or the entry itself where it is no file."""
+    if text is None or not Path(text).is_file():
+        return text
+    return f"file {_file_hash(Path(text))}"
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+DAMAGE = (OutputDamaged, StoreError, OSError, ValueError, KeyError)
+"""What looking at an output raises when it is not what a stage left."""

@@ -1,0 +1,486 @@
+"""`mastaf pipeline`: every stage once, whatever stops it; what is on disk decides what is finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cli
+from cache.open import open_store
+from configs.load import ConfigError, to_toml
+from configs.whole import load_pipeline, pipeline_folder
+from contracts.world import World, make_world
+from pipeline.checkpoint import load_checkpoint
+from pipeline.run_lock import locked
+from pipeline.settings import SetupError
+from pipeline.whole_configs import load_configs
+from pipeline.whole_pipeline import run_pipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+KILLED = Path(__file__).with_name("killed_pipeline.py")
+STAGES = ["train", "extract", "heads/neighbor", "heads/mastaf", "compare/1shot", "compare/2shot", "live"]
+HEADS_RECIPE = """
+[episodes]
+n_way = 2
+n_query = 1
+[training]
+episodes = 12
+episodes_per_step = 3
+validate_every = 6
+validation_episodes = 8
+cube_cache_bytes = 1000000
+"""
+PIPELINE = """
+[pipeline]
+backbone = "end_to_end.toml"
+heads_recipe = "heads.toml"
+heads = ["neighbor", "mastaf"]
+# Another number of threads gives other last bits, in this process as in those that are killed.
+threads = 1
+[pipeline.compare]
+episodes = 20
+shots = [1, 2]
+[pipeline.set]
+extraction.decode_workers = 0
+"training.decode_workers" = 0
+"""
+
+pytestmark = pytest.mark.usefixtures("one_thread", "few_timed_calls")
+
+
+def write_files(world: World, folder: Path, pipeline: str = PIPELINE) -> Path:
+    """A pipeline with its recipes; its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "end_to_end.toml").write_text(to_toml(world.config("training.mode=end_to_end")))
+    classify = world.config("training.mode=classify", "head.name=protonet", "training.episodes=6")
+    (folder / "classify.toml").write_text(to_toml(classify))
+    (folder / "heads.toml").write_text(HEADS_RECIPE)
+    (folder / "small.toml").write_text(pipeline)
+    return folder / "small.toml"
+
+
+@pytest.fixture(scope="module")
+def file(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_files(world, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def finished(file: Path) -> Path:
+    """A pipeline that was run once; read only."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run(file, file.parent / "finished")
+    torch.set_num_threads(threads)
+    return file.parent / "finished"
+
+
+@pytest.fixture
+def again(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it to spoil."""
+    shutil.copytree(finished, tmp_path / "again")
+    return tmp_path / "again"
+
+
+def run(file: Path, out: Path, *overrides: str, redo: tuple[str, ...] = ()) -> dict[str, Any]:
+    return run_pipeline(str(file), out, overrides, "cpu", redo)[0]
+
+
+def made(report: dict[str, Any]) -> list[str]:
+    """The stages that a call did not skip."""
+    return [name for step in report["stages"] for name in step["made"]]
+
+
+def results(report: dict[str, Any]) -> dict[str, Any]:
+    return {row["name"]: row["results"] for row in report["rows"]}
+
+
+def report_of(out: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((out / "report.json").read_text())
+    return content
+
+
+def files_of(out: Path) -> dict[str, tuple[int, int, int]]:
+    """Every file of the stages, by what a write would change."""
+    found = {path.relative_to(out).as_posix(): path.stat() for path in out.rglob("*") if path.is_file()}
+    return {
+        name: (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        for name, stat in found.items()
+        if name.split("/")[0] not in ("report.md", "report.json", "pipeline.json", ".lock")
+    }
+
+
+def test_one_command_trains_caches_trains_again_and_compares(finished: Path) -> None:
+    report = report_of(finished)
+    assert made(report) == STAGES
+    rows = results(report)
+    assert list(rows) == [
+        "mastaf end to end, by decoding",
+        "mastaf end to end, through its cubes",
+        "neighbor on the cubes",
+        "mastaf on the cubes",
+    ]
+    assert rows["mastaf end to end, by decoding"] == rows["mastaf end to end, through its cubes"]
+    assert [live["episodes_that_differ"] for live in report["live"].values()] == [0, 0]
+    for k_shot in ("1", "2"):
+        compared = json.loads((finished / f"comparison_{k_shot}shot/compare.json").read_text())
+        assert compared["episode_hash"] == report["episode_hash"][k_shot] == report["live"][k_shot]["episode_hash"]
+    assert all(step["seconds"] > 0 for step in report["stages"])
+    assert all(row["training_seconds"] > 0 for row in report["rows"])
+    with open_store(finished / "cubes.zarr") as store:
+        assert store.pending() == []
+        assert store.spec.fingerprint == report["store_fingerprint"]
+    for name in ("neighbor", "mastaf"):
+        assert json.loads((finished / f"heads/{name}/card.json").read_text())["head"] == name
+    text = (finished / "report.md").read_text()
+    assert "| mastaf end to end, by decoding |" in text
+    assert "the same in each of 20 episodes" in text
+    assert report["split_hash"][:12] in text
+
+
+def test_second_run_skips_every_stage_and_writes_none_of_its_files(
+    file: Path, again: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, before = report_of(again), files_of(again)
+    second = run(file, again)
+    said = capsys.readouterr().err
+    assert made(second) == []
+    assert files_of(again) == before
+    for stage in STAGES:
+        assert f"    {stage}: done before (" in said
+    assert results(second) == results(first)
+    assert [step["seconds"] for step in second["stages"]] == [step["seconds"] for step in first["stages"]]
+    assert (again / "report.md").read_text().count("| skipped |") == 5
+
+
+def test_changed_recipe_is_refused_before_any_work_and_redone_on_request(
+    world: World, finished: Path, tmp_path: Path
+) -> None:
+    file, out = write_files(world, tmp_path / "files"), tmp_path / "out"
+    shutil.copytree(finished, out)
+    (file.parent / "heads.toml").write_text(HEADS_RECIPE + "learning_rate = 0.5\n")
+    before = files_of(out)
+    with pytest.raises(SetupError, match=r"training\.learning_rate: then 0\.01, now 0\.5.*--redo heads/neighbor"):
+        run(file, out)
+    assert files_of(out) == before
+    report = run(file, out, redo=("heads",))
+    assert made(report) == ["heads/neighbor", "heads/mastaf", "compare/1shot", "compare/2shot", "live"]
+    assert {path.name for path in (out / "set_aside").iterdir()} == {
+        "heads_neighbor_1", "heads_mastaf_1", "compare_1shot_1", "compare_2shot_1", "live_1",
+    }  # fmt: skip
+    assert (
+        results(report)["mastaf end to end, by decoding"]
+        == results(report_of(finished))["mastaf end to end, by decoding"]
+    )
+
+
+def test_redone_stage_lets_everything_after_it_change_too(file: Path, again: Path) -> None:
+    with pytest.raises(SetupError, match=r"backbone was made with another config \(training\.seed: then 0, now 5\)"):
+        run(file, again, "training.seed=5")
+    with pytest.raises(SetupError, match=r"no such stage; the stages are train, extract, heads"):
+        run(file, again, redo=("trian",))
+    report = run(file, again, "training.seed=5", redo=("train",))
+    assert made(report) == STAGES
+    assert (again / "set_aside/train_1/best.pt").is_file()
+    assert (again / "set_aside/extract_1.zarr").is_dir()
+
+
+def test_changed_manifest_is_noticed(world: World, file: Path, again: Path, tmp_path: Path) -> None:
+    rows = world.manifest_path.read_text().replace(
+        "down/3,videos/down/3.mp4,down,train", "down/9,videos/down/3.mp4,down,train"
+    )
+    changed = tmp_path / "changed.csv"
+    changed.write_text(f"# root: {world.folder}\n{rows}")
+    with pytest.raises(SetupError, match=r"manifest\.content: then '[0-9a-f]+.*manifest\.split_hash"):
+        run(file, again, f'data.manifest="{changed}"')
+
+
+def test_same_manifest_in_another_place_is_the_same(world: World, file: Path, again: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved.csv"
+    moved.write_text(f"# root: {world.folder}\n{world.manifest_path.read_text()}")
+    assert made(run(file, again, f'data.manifest="{moved}"')) == []
+
+
+def test_deleted_checkpoint_is_noticed_and_what_comes_out_the_same_again_is_kept(file: Path, again: Path) -> None:
+    (again / "backbone/best.pt").unlink()
+    report = run(file, again)
+    assert made(report) == ["train"], "the same weights came out, so the cubes and all after them are still good"
+    assert (again / "set_aside/train_1/last.pt").is_file()
+    assert results(report) == results(report_of(again))
+
+
+def test_exchanged_checkpoint_is_noticed(file: Path, again: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (again / "heads/mastaf/last.pt").rename(again / "heads/mastaf/old.pt")
+    shutil.copy(again / "heads/neighbor/best.pt", again / "heads/mastaf/best.pt")
+    assert made(run(file, again)) == ["heads/mastaf"]
+    assert "other weights" in capsys.readouterr().err
+
+
+def test_damaged_store_is_mended_before_anything_reads_it(
+    file: Path, again: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = next((again / "cubes.zarr/cube").glob("c.*"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(bytes(content))
+    shutil.rmtree(again / "live")
+    report = run(file, again)
+    assert made(report) == ["extract", "live"]
+    assert "extract: is mended" in capsys.readouterr().err
+    assert not (again / "set_aside").exists()
+    shard.write_bytes(bytes(content[: len(content) // 2]))
+    assert made(run(file, again)) == ["extract"], "a file that was cut is noticed though nothing will read it"
+
+
+def test_deleted_store_is_extracted_again_and_the_heads_are_kept(file: Path, again: Path) -> None:
+    shutil.rmtree(again / "cubes.zarr")
+    assert made(run(file, again)) == ["extract"]
+
+
+def test_another_head_trains_alone(file: Path, again: Path) -> None:
+    report = run(file, again, 'pipeline.heads=["neighbor", "mastaf", "bi_mhm"]')
+    assert made(report) == ["heads/bi_mhm", "compare/1shot", "compare/2shot", "live"]
+    assert len(report["rows"]) == 5
+
+
+def test_head_may_start_from_the_runs_own(file: Path, again: Path) -> None:
+    fresh = load_checkpoint(again / "heads/mastaf/best.pt")["model"]
+    options = ("pipeline.start_from_run_head=true", "pipeline.set_heads.training.episodes=0")
+    run(file, again, *options, redo=("heads",))
+    theirs = load_checkpoint(again / "backbone/best.pt")["model"]
+    started = load_checkpoint(again / "heads/mastaf/best.pt")["model"]
+    assert all(torch.equal(value, theirs[name]) for name, value in started.items())
+    assert not all(torch.equal(value, fresh[name]) for name, value in started.items())
+
+
+def test_end_to_end_training_may_start_from_classification(file: Path, tmp_path: Path) -> None:
+    options = ("pipeline.set_train.training.episodes=0", 'pipeline.heads=["neighbor"]', "pipeline.compare.shots=[1]")
+    report = run(file, tmp_path / "out", 'pipeline.pretrain="classify.toml"', *options)
+    assert made(report)[:2] == ["pretrain", "train"]
+    pretrained = load_checkpoint(tmp_path / "out/pretrain/backbone.pt")["state_dict"]
+    started = load_checkpoint(tmp_path / "out/backbone/backbone.pt")["state_dict"]
+    assert all(torch.equal(value, started[name]) for name, value in pretrained.items())
+    seconds = {step["name"]: step["seconds"] for step in report["stages"]}
+    assert report["rows"][0]["training_seconds"] == seconds["train"] + seconds["pretrain"]
+
+
+def test_backbone_may_be_trained_by_classification_alone(file: Path, tmp_path: Path) -> None:
+    options = ('pipeline.heads=["mastaf"]', "pipeline.compare.shots=[1]")
+    report = run(file, tmp_path / "out", 'pipeline.backbone="classify.toml"', *options)
+    rows = results(report)
+    assert list(rows) == [
+        "protonet after classification, by decoding",
+        "protonet after classification, through its cubes",
+        "mastaf on the cubes",
+    ]
+    assert (
+        rows["protonet after classification, by decoding"] == rows["protonet after classification, through its cubes"]
+    )
+
+
+def test_half_precision_cubes_are_named_beside_the_live_accuracy(file: Path, again: Path) -> None:
+    report = run(file, again, "pipeline.set_extract.store.dtype=float16", redo=("extract",))
+    assert made(report) == STAGES[1:]
+    assert report["store_dtype"] == "float16"
+    for live in report["live"].values():
+        assert live["accuracy"] == pytest.approx(live["accuracy_on_cubes"], abs=0.1)
+
+
+def test_test_video_that_was_rejected_is_in_no_row(tmp_path: Path) -> None:
+    world = make_world(tmp_path / "world")
+    (world.folder / "videos/jump/1.mp4").write_text("this is no video")
+    file = write_files(world, tmp_path / "files")
+    report = run(file, tmp_path / "out", 'pipeline.heads=["neighbor"]', "pipeline.compare.shots=[1]")
+    assert [row["video_id"] for row in report["left_out"]] == ["jump/1"]
+    assert report["live"]["1"]["episodes_that_differ"] == 0
+    assert report["live"]["1"]["split_hash"] == report["split_hash"]
+    assert "1 videos of test are not in the store" in (tmp_path / "out/report.md").read_text()
+
+
+@pytest.mark.slow
+def test_videos_are_rendered_where_no_manifest_is_given(world: World, tmp_path: Path) -> None:
+    file = write_files(
+        world, tmp_path, PIPELINE.replace("heads = [", "demo_videos = 2\nheads = [", 1).replace("[1, 2]", "[1]")
+    )
+    recipe = file.parent / "end_to_end.toml"
+    recipe.write_text(recipe.read_text().replace(f'manifest = "{world.manifest_path}"\n', ""))
+    report = run(file, tmp_path / "out", "training.episodes=3")
+    assert made(report)[0] == "videos"
+    assert (tmp_path / "out/data/videos.csv").is_file()
+    assert made(run(file, tmp_path / "out", "training.episodes=3")) == []
+    next((tmp_path / "out/data/videos").rglob("*.mp4")).unlink()
+    assert made(run(file, tmp_path / "out", "training.episodes=3")) == ["videos"], "the same files come out"
+
+
+def test_folder_of_something_else_is_left_alone(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "heads/mastaf").mkdir(parents=True)
+    (tmp_path / "heads/mastaf/mine.txt").write_text("mine")
+    with pytest.raises(SetupError, match=r"heads/mastaf holds something that this pipeline did not make"):
+        run(file, tmp_path)
+    assert not (tmp_path / "backbone").exists()
+
+
+def test_second_pipeline_in_the_same_folder_is_refused(file: Path, tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(SetupError, match="another pipeline is at work"):
+        run(file, tmp_path)
+
+
+def test_dry_run_tells_what_is_to_do_and_does_nothing(file: Path, again: Path, tmp_path: Path) -> None:
+    facts, text = run_pipeline(str(file), tmp_path / "new", is_dry=True)
+    assert [row["action"] for row in facts["stages"]] == ["begin"] * len(STAGES)
+    assert not (tmp_path / "new").exists()
+    (again / "backbone/best.pt").unlink()
+    shutil.rmtree(again / "heads/mastaf")
+    before = files_of(again)
+    facts, text = run_pipeline(str(file), again, is_dry=True)
+    actions = {row["stage"]: row["action"] for row in facts["stages"]}
+    assert actions["train"] == "set aside"
+    assert actions["extract"] == "wait"
+    assert actions["heads/mastaf"] == "begin"
+    assert "train" in text
+    assert "best.pt is missing" in text
+    assert files_of(again) == before
+
+
+def test_json_of_the_command_is_the_report(file: Path, again: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["pipeline", str(file), "--out", str(again), "--device", "cpu", "--json"]
+    cli.mastaf.main(args=words, standalone_mode=False)
+    assert json.loads(capsys.readouterr().out) == report_of(again)
+    cli.mastaf.main(args=[*words, "--dry-run"], standalone_mode=False)
+    assert [row["action"] for row in json.loads(capsys.readouterr().out)["stages"]] == ["skip"] * len(STAGES)
+
+
+def stopped(file: Path, out: Path, signal_name: str, where: str, count: int) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, KILLED, signal_name, where, count, "pipeline", file, "--out", out, "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [str(word) for word in words], capture_output=True, text=True, check=False, timeout=200, env=environment
+    )
+
+
+def test_stopped_in_training_and_killed_in_extraction_it_goes_on_to_the_same_report(
+    file: Path, finished: Path, tmp_path: Path
+) -> None:
+    done = stopped(file, tmp_path / "out", "SIGTERM", "train", 4)
+    assert done.returncode == 143, done.stderr
+    assert "the same command goes on from here" in done.stderr
+    assert "--resume" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert stopped(file, tmp_path / "out", "SIGKILL", "extract", 2).returncode == -signal.SIGKILL
+    assert load_checkpoint(tmp_path / "out/backbone/last.pt")["progress"]["episode"] == 12
+    report = run(file, tmp_path / "out")
+    assert made(report) == STAGES[1:]
+    assert results(report) == results(report_of(finished))
+    assert report["store_fingerprint"] == report_of(finished)["store_fingerprint"]
+    assert all(step["seconds"] > 0 for step in report["stages"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "count", "skipped"),
+    [
+        ("train", 4, []),
+        ("heads", 5, STAGES[:2]),
+        ("compare", 1, STAGES[:4]),
+        ("live", 1, STAGES[:6]),
+        ("records", 3, []),
+        ("records", 4, STAGES[:1]),
+        ("records", 7, STAGES[:1]),
+    ],
+)
+def test_killed_anywhere_it_goes_on_to_the_same_report(
+    file: Path, finished: Path, tmp_path: Path, where: str, count: int, skipped: list[str]
+) -> None:
+    assert stopped(file, tmp_path / "out", "SIGKILL", where, count).returncode == -signal.SIGKILL
+    report = run(file, tmp_path / "out")
+    assert made(report) == [stage for stage in STAGES if stage not in skipped]
+    assert results(report) == results(report_of(finished))
+    assert report["store_fingerprint"] == report_of(finished)["store_fingerprint"]
+    assert all(step["seconds"] > 0 for step in report["stages"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "code", "where"), [("SIGTERM", 143, "compare"), ("SIGINT", 130, "live")])
+def test_stopped_while_it_scores_it_leaves_at_once_and_goes_on(
+    file: Path, finished: Path, tmp_path: Path, name: str, code: int, where: str
+) -> None:
+    done = stopped(file, tmp_path / "out", name, where, 1)
+    assert done.returncode == code, done.stderr
+    assert "the same command goes on from here" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert results(run(file, tmp_path / "out")) == results(report_of(finished))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pipeline.headz=1", r"unknown key headz; did you mean 'heads'"),
+        ("pipeline.compare.shotz=[1]", r"unknown key compare\.shotz; did you mean 'shots'"),
+        ("pipeline.compare.shots=[1, 1]", r"different numbers"),
+        ('pipeline.heads=["nieghbor"]', r"no head 'nieghbor'; did you mean 'neighbor'"),
+        ('pipeline.heads=["mastaf", "mastaf"]', r"'mastaf' twice"),
+        ("pipeline.set_train.training.mode=cached", r'training\.mode = "cached", which trains no backbone'),
+        ('pipeline.heads_recipe="end_to_end.toml"', r"heads train on the cubes"),
+        ('pipeline.pretrain="end_to_end.toml"', r'not "classify"'),
+        ('pipeline.backbone="nothing.toml"', r"no recipe 'nothing\.toml'"),
+        ("pipeline.set_heads.sampling.num_frames=5", r"states sampling\.num_frames = 5, but the cubes are made with 4"),
+        ("pipeline.set_heads.episodes.train_views=3", r"episodes\.train_views = 3, but sampling\.num_views = 1"),
+        ("pipeline.set_heads.episodes.n_way=3", r"episodes\.n_way is 2 in the backbone's recipe and 3"),
+        ("pipeline.set_train.head.alpha=0.5", None),
+        ("pipeline.compare.shots=[1, 4]", r"fewer than k_shot \+ n_query = 4 \+ 1"),
+        ("training.episodez=3", r"unknown key training\.episodez"),
+    ],
+)
+def test_contradictions_are_refused_when_the_config_is_built(
+    file: Path, tmp_path: Path, override: str, message: str | None
+) -> None:
+    overrides = [override]
+    if message is None:
+        overrides.append("pipeline.start_from_run_head=true")
+        message = r"mastaf has other options than in the end-to-end run: alpha"
+    with pytest.raises(ValueError, match=message):
+        run(file, tmp_path / "out", *overrides)
+    assert not (tmp_path / "out").exists()
+
+
+def test_overrides_of_the_file_reach_their_stages_and_the_command_line_beats_them(world: World, tmp_path: Path) -> None:
+    text = PIPELINE + '[pipeline.set_train]\ntraining.episodes = 6\ntraining.rates = {"encoder.*.weight" = 0.5}\n'
+    text += "[pipeline.set_heads]\nheads.mastaf.training.learning_rate = 0.5\n"
+    path = write_files(world, tmp_path, text)
+    configs = load_configs(load_pipeline(str(path)), tmp_path / "no.csv")
+    assert configs.train.training.episodes == 6
+    assert configs.train.training.rates == {"encoder.*.weight": 0.5}
+    assert configs.train.training.decode_workers == 0
+    assert [config.training.learning_rate for config in configs.heads.values()] == [0.01, 0.5]
+    configs = load_configs(
+        load_pipeline(str(path), ["training.episodes=3", "heads.mastaf.tau=2.0"]), tmp_path / "no.csv"
+    )
+    assert [config.training.episodes for config in (configs.train, *configs.heads.values())] == [3, 3, 3]
+    assert configs.heads["mastaf"].head.options["tau"] == 2.0
+
+
+def test_file_with_a_recipes_tables_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text("[training]\nepisodes = 3\n")
+    with pytest.raises(ConfigError, match=r"has 'training', but all of it stands in \[pipeline\]"):
+        load_pipeline(str(tmp_path / "recipe.toml"))
+    with pytest.raises(ConfigError, match=r"no pipeline 'demo_pipline'.*did you mean 'demo_pipeline'"):
+        load_pipeline("demo_pipline")
+
+
+@pytest.mark.parametrize("path", sorted(pipeline_folder().glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_pipelines_load_and_name_their_command(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.mastaf.main(args=["list", "pipelines", "--json"], standalone_mode=False)
+    assert path.stem in [row["name"] for row in json.loads(capsys.readouterr().out)]
+    configs = load_configs(load_pipeline(path.stem), tmp_path / "videos.csv")
+    assert configs.renders
+    assert f"mastaf pipeline {path.stem}" in path.read_text()
