@@ -56,8 +56,15 @@ def save_checkpoint(path: Path, content: dict[str, Any], keep: Path | None = Non
     if keep is not None and path.exists():
         second = keep.with_name(f".{keep.name}.{os.getpid()}.partial")
         second.unlink(missing_ok=True)
-        os.link(path, second)
-        second.replace(keep)
+        try:
+            os.link(path, second)
+        except OSError:
+            # A file system without hard links: for a moment the kept one is all there is.
+            path.replace(keep)
+        else:
+            second.replace(keep)
+            # Where a kill had left `path` and `keep` as two names of one file, this third one is still there.
+            second.unlink(missing_ok=True)
     aside.replace(path)
     _sync_folder(path.parent)
 
@@ -129,9 +136,10 @@ def _digest_into(digest: hashlib._Hash, value: Any) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what writes of a killed process left in a folder of ours."""
-    for path in folder.glob(".*.partial"):
-        path.unlink(missing_ok=True)
+    """Remove what writes of a killed process left in a folder of ours and in those within."""
+    for pattern in (".*.partial", "*/.*.partial"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def load_weights(path: Path, device: torch.device | str = "cpu") -> Any:

@@ -32,11 +32,22 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Context manager that collects the signals; a second one acts at once, as without it."""
+    """Context manager that collects the signals; a second one acts at once, as without it.
 
-    def __init__(self) -> None:
+    Args:
+        is_launched: whether a launcher started this process. It passes signals on that came here already, so a second one counts as
+            the first; a process that does not end is killed by it.
+        is_silent: say nothing.
+    """
+
+    def __init__(self, is_launched: bool = False, is_silent: bool = False) -> None:
         self.signal_number: int | None = None
         """The signal that came, or None."""
+        self.agreed_number: int | None = None
+        """Where several ranks train: the signal that all of them know of, so that they leave at the same step."""
+        self._is_launched = is_launched
+        self._is_silent = is_silent
+        self._launcher = os.getppid()
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -49,12 +60,26 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._is_launched and error is not None:
+            # The launcher tells all processes to end as soon as one has; what went wrong here shall still be said.
+            for number in self._previous:
+                signal.signal(number, signal.SIG_IGN)
+            self._previous = {}
         self._restore()
 
+    def look(self) -> None:
+        """Take it for SIGTERM that the launcher is gone: nobody else would end this process."""
+        if self._is_launched and self.signal_number is None and os.getppid() != self._launcher:
+            self.signal_number = signal.SIGTERM
+
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.signal_number = number
-        os.write(2, b"stopping after this step; the same signal again stops at once\n")
-        self._restore()
+        is_first = self.signal_number is None
+        self.signal_number = number if is_first else self.signal_number
+        again = "" if self._is_launched else "; the same signal again stops at once"
+        if is_first and not self._is_silent:
+            os.write(2, f"stopping after this step{again}\n".encode())
+        if not self._is_launched:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

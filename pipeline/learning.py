@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,12 @@ from pipeline.running_statistics import EpisodeOrder
 from pipeline.step_plan import Part
 
 # E episodes, Q queries
+
+# Newer torch gave the argument another name, and warns of the old one.
+_NAMES = inspect.signature(DistributedDataParallel).parameters
+_KEEPS_BUFFERS: dict[str, Any] = {
+    ("forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers"): False
+}
 
 
 class TrainingError(ValueError):
@@ -103,6 +111,32 @@ class _Sums:
     """(E,) unweighted means over queries."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Taught:
+    """What comes out of one forward pass."""
+
+    totals: Tensor
+    """(E,) total losses, the way to the gradients."""
+    output: HeadOutput
+    """Of the head, without a way to them."""
+
+
+class _Lesson(nn.Module):
+    """A model up to its total losses: DistributedDataParallel waits for the gradient of whatever leads to what comes out."""
+
+    def __init__(self, model: FewShotModel, query_reduction: Literal["mean", "sum"]) -> None:
+        super().__init__()
+        self.model = model
+        self.query_reduction = query_reduction
+
+    def forward(self, batch: EpisodeBatch, phase: Phase | None) -> _Taught:
+        output: HeadOutput = self.model(batch)
+        losses = {name: term for name, term in output.losses.items() if phase is None or name in phase.losses}
+        totals = combine(losses, self.model.loss_weights, self.query_reduction)
+        terms = {name: term.detach() for name, term in output.losses.items()}
+        return _Taught(totals, replace(output, logits=output.logits.detach(), losses=terms, maps={}))
+
+
 @dataclass(slots=True)
 class Student:
     """A learner within one run of the loop, on one of the ranks."""
@@ -111,18 +145,18 @@ class Student:
     ranks: Ranks
     statistics: EpisodeOrder = field(init=False)
     """Of the model's running statistics; open while the loop runs."""
-    _model: nn.Module = field(init=False)
+    _lesson: nn.Module = field(init=False)
     _sums: list[_Sums] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         model = self.learner.model
         learns = any(parameter.requires_grad for parameter in model.parameters())
-        self._model = model
+        self._lesson = _Lesson(model, self.learner.config.query_reduction or "mean")
         self.statistics = EpisodeOrder(model, self.ranks)
         if self.ranks.are_several and learns:
             # Buffers are the running statistics, which `EpisodeOrder` adds in the order of the episodes.
             with watched():
-                self._model = DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
+                self._lesson = DistributedDataParallel(self._lesson, find_unused_parameters=True, **_KEEPS_BUFFERS)
 
     def begin(self) -> None:
         """Before the first forward pass of a step."""
@@ -133,11 +167,10 @@ class Student:
     def accumulate(self, batch: EpisodeBatch, part: Part, step_index: int) -> None:
         """Add the gradients of one forward pass."""
         learner, phase = self.learner, self._phase(step_index)
-        waits = not part.is_last and isinstance(self._model, DistributedDataParallel)
-        with self._model.no_sync() if waits else nullcontext(), watched():  # type: ignore[operator]
-            output: HeadOutput = self._model(batch)
-            losses = {name: term for name, term in output.losses.items() if phase is None or name in phase.losses}
-            totals = combine(losses, learner.model.loss_weights, learner.config.query_reduction or "mean")  # (E,)
+        waits = not part.is_last and isinstance(self._lesson, DistributedDataParallel)
+        with self._lesson.no_sync() if waits else nullcontext(), watched():  # type: ignore[operator]
+            taught: _Taught = self._lesson(batch, phase)
+            totals, output = taught.totals, taught.output
             if totals.requires_grad:  # Neighbor without its classifier has nothing to learn on the cache
                 # DistributedDataParallel divides the sum over the ranks by their number.
                 weight = self.ranks.world_size / part.divisor if part.is_counted else 0.0
@@ -147,8 +180,8 @@ class Student:
             totals = torch.zeros_like(totals)
         labels = batch.query_labels if output.labels is None else output.labels
         assert labels is not None
-        right = (output.logits.detach().argmax(dim=-1) == labels).double().mean(dim=1)
-        terms = {name: values.detach().double().mean(dim=1) for name, values in output.losses.items()}
+        right = (output.logits.argmax(dim=-1) == labels).double().mean(dim=1)
+        terms = {name: values.double().mean(dim=1) for name, values in output.losses.items()}
         self._sums.append(_Sums(part.episodes if part.is_counted else range(0), totals.detach().double(), right, terms))
 
     def take_step(self, step: range, step_index: int, stop: StopRequest) -> StepRecord:
@@ -161,6 +194,8 @@ class Student:
         means = self._means(len(step), stop)
         if not math.isfinite(means["loss"]):
             raise self._not_finite("loss", self._bad_episodes())
+        # The ranks' last word in this step: if one is lost, the others have done all of the step or nothing of it.
+        self.statistics.gather()
         phase = self._phase(step_index)
         if phase is not None:
             for name, parameter in learner.model.head.named_parameters():
@@ -191,12 +226,13 @@ class Student:
             for each in self._sums
         ]
         own = torch.stack(columns).sum(dim=0).tolist()
+        stop.look()
         signals = [1.0 if stop.signal_number == number else 0.0 for number in SIGNALS]
         sums = self.ranks.total([*own, *signals])
-        if stop.signal_number is None:
-            stop.signal_number = next(
-                (number for number, count in zip(SIGNALS, sums[len(own) :], strict=True) if count), None
-            )
+        stop.agreed_number = next(
+            (number for number, count in zip(SIGNALS, sums[len(own) :], strict=True) if count), None
+        )
+        stop.signal_number = stop.signal_number or stop.agreed_number
         means = [value / num_episodes for value in sums[: len(own)]]
         return dict(zip(["loss", "accuracy", *names], means, strict=True))
 

@@ -49,8 +49,7 @@ def run_loop(
         next_batch = held.enter_context(batches.ahead(part.episodes for part in plan.parts()))
         began = time.monotonic()
         for step in plan.steps():
-            # Ranks agree on a stop within a step, so none of them may leave before it.
-            if stop.signal_number is not None and not ranks.are_several:
+            if _is_over(stop, ranks):
                 break
             active = [student for student in students if student.learner.done < step.stop]
             clips, waiting = 0, 0.0
@@ -68,6 +67,11 @@ def run_loop(
                 student.learner.on_step(record, StepSpeed(clips, time.monotonic() - began, waiting))
             for student in active:
                 student.learner.between_steps()
-            if stop.signal_number is not None:
+            if _is_over(stop, ranks):
                 break
             began = time.monotonic()
+
+
+def _is_over(stop: StopRequest, ranks: Ranks) -> bool:
+    """Whether to leave between two steps: ranks leave together, so what only one of them has heard does not count yet."""
+    return (stop.agreed_number if ranks.are_several else stop.signal_number) is not None

@@ -7,6 +7,7 @@ are small numbers, on the CPU (gloo); gradients go where the model is (nccl on G
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ class Ranks:
     """Of this process."""
     world_size: int = 1
     """Of them all."""
+    is_launched: bool = False
+    """Whether torchrun started them, which passes signals on and ends them all where one fails."""
 
     @property
     def is_first(self) -> bool:
@@ -119,10 +122,11 @@ def _is_of_connection(error: RuntimeError) -> bool:
 
 def lost(error: BaseException) -> RankLost:
     """What to say when the ranks cannot talk."""
-    reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+    text = " ".join(re.sub(r"\[[^]]*:\d+\] ", "", str(error)).split())  # without torch's own file and line
+    reason = text.split(". ")[0][:160] or type(error).__name__
     return RankLost(
-        f"another rank of this job has ended or cannot be reached ({reason}). Its own message says why; the last checkpoint is "
-        "kept: start the same command again with --resume."
+        f"another rank of this job has ended or cannot be reached ({reason}). Its own message, if it had time for one, says why; "
+        "the run is saved: start the same command again with --resume."
     )
 
 
@@ -136,10 +140,11 @@ def joined_ranks(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     Raises:
         SetupError: torchrun's variables contradict each other, or there are more ranks than GPUs.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Ranks(), device
+    is_launched = "TORCHELASTIC_RUN_ID" in os.environ
+    if not is_launched or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks(is_launched=is_launched), device
         return
-    ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), is_launched)
     if device.type == "cuda":
         device = _own_gpu(device)
     if not ranks.is_first:

@@ -74,17 +74,21 @@ class Progress:
         return cls(started_utc=datetime.now(UTC).isoformat(timespec="seconds"))
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether there is a run in a folder that could be gone on with."""
+    has_any = (folder / "last.pt").is_file() or (folder / "previous.pt").is_file()
+    return has_any and (folder / "config.toml").is_file()
+
+
 def refuse_wrong_folder(folder: Path, resume: bool) -> None:
     """A folder is free unless a run in it has done a step; only such a run, or one about to begin, can be resumed.
 
     Raises:
         SetupError: the folder is taken, or there is nothing to resume.
     """
-    last = folder / "last.pt"
-    has_any = last.is_file() or (folder / "previous.pt").is_file()
-    if resume and not (has_any and (folder / "config.toml").is_file()):
+    if resume and not is_begun(folder):
         raise SetupError(f"{folder} holds no run to resume (no last.pt). Start it without --resume.")
-    if not resume and has_any and load_for_resume(folder, torch.device("cpu")).content["progress"]["episode"] > 0:
+    if not resume and is_begun(folder) and load_for_resume(folder, torch.device("cpu")).content["progress"]["episode"] > 0:
         raise SetupError(f"{folder} holds a run already. Go on with --resume, or choose another --out.")
     if not resume and (folder / "card.json").is_file():
         raise SetupError(f"{folder} holds a finished run already. Choose another --out.")
@@ -132,10 +136,14 @@ def load_for_resume(folder: Path, device: torch.device) -> Newest:
 
 
 def note_resumption(checkpoint: Newest) -> None:
-    """Say from where a run goes on, and what is wrong with a checkpoint that was passed over."""
+    """Say from where a run goes on, and what is wrong with a checkpoint that was passed over, whose place it takes."""
     for problem in checkpoint.problems:
         say(f"warning: {problem}")
     say(f"going on from {checkpoint.path} after {checkpoint.content['progress']['episode']} episodes")
+    last = checkpoint.path.with_name("last.pt")
+    if checkpoint.path != last:
+        # Else the next write would keep the damaged one in place of the only good one.
+        checkpoint.path.replace(last)
 
 
 def save_run(path: Path, place: Workplace, stepper: Stepper, progress: Progress) -> None:

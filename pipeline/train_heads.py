@@ -10,6 +10,8 @@ from configs.load import find_recipe, load_config
 from configs.schema import RunConfig
 from episodes.build import HEADS, head_config
 from pipeline.console import progress, say
+from pipeline.ranks import joined_ranks
+from pipeline.run_files import is_begun
 from pipeline.settings import SetupError
 from pipeline.setup import OWN_TRAINING, choose_device
 from pipeline.train_command import describe_validation
@@ -17,7 +19,7 @@ from pipeline.training import train_together
 
 
 def train_heads(
-    recipe: str, heads: str, out: Path | None, resume: bool, device: str, overrides: tuple[str, ...]
+    recipe: str, heads: str, out: Path | None, resume: bool | None, device: str, overrides: tuple[str, ...]
 ) -> list[dict[str, Any]]:
     """Train several heads with one recipe; their run cards, in the order of the names.
 
@@ -25,7 +27,7 @@ def train_heads(
         recipe: a TOML file, or the name of one that ships.
         heads: names, separated by commas; "all" is every head.
         out: folder of the runs, one below it for each head; None: runs/RECIPE.
-        resume: go on from each run's last checkpoint.
+        resume: go on from each run's last checkpoint; None: where there are runs, else begin.
         device: "auto", "cpu", "cuda" or "cuda:N".
         overrides: ``table.key=value`` for all of them; ``heads.NAME.key=value`` for one head's own option, and
             ``heads.NAME.training.key=value`` for what may differ in training.
@@ -38,7 +40,9 @@ def train_heads(
     configs = head_configs(path, _names(heads), overrides)
     folder = out or Path("runs") / path.stem
     runs = [(config, folder / name) for name, config in configs.items()]
-    new = [name for name in configs if not (folder / name).exists()]
+    new = [name for name in configs if not is_begun(folder / name)]
+    if resume is None:
+        resume = len(new) < len(configs)
     if resume and new:
         raise SetupError(
             f"--resume: {folder} has no run of {', '.join(new)} yet. Train {'it' if len(new) == 1 else 'them'} by "
@@ -46,7 +50,7 @@ def train_heads(
         )
     total = sum(config.training.episodes for config in configs.values())
     done = dict.fromkeys(configs, 0)
-    with progress(f"train {len(runs)} heads") as on_progress:
+    with joined_ranks(choose_device(device)) as (ranks, chosen), progress(f"train {len(runs)} heads") as on_progress:
 
         def report(run: Path, line: Mapping[str, Any]) -> None:
             if line["kind"] == "step":
@@ -55,7 +59,7 @@ def train_heads(
             else:
                 say(f"{run.name}: {describe_validation(line)}")
 
-        cards = train_together(runs, choose_device(device), resume, report)
+        cards = train_together(runs, chosen, resume, report, ranks)
     # Named one by one: the first is what the others are held against, and a shell would sort them.
     say(f"Compare them on the same episodes: mastaf compare {' '.join(str(run) for _, run in runs)}")
     return cards

@@ -38,6 +38,15 @@ def test_each_write_leaves_the_one_before_it(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
 
 
+def test_a_write_after_one_that_was_killed_between_its_renames_leaves_no_litter(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "last.pt", content_of(0))
+    (tmp_path / "previous.pt").hardlink_to(tmp_path / "last.pt")
+    save_checkpoint(tmp_path / "last.pt", content_of(1), keep=tmp_path / "previous.pt")
+    assert load_checkpoint(tmp_path / "last.pt")["episode"] == 1
+    assert load_checkpoint(tmp_path / "previous.pt")["episode"] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
+
+
 def test_a_damaged_last_checkpoint_is_passed_over_and_told(tmp_path: Path) -> None:
     for episode in range(2):
         save_checkpoint(tmp_path / "last.pt", content_of(episode), keep=tmp_path / "previous.pt")
@@ -85,7 +94,9 @@ def test_the_digest_follows_values_types_shapes_and_names() -> None:
 
 
 def test_leftovers_of_killed_writes_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    for name in (".last.pt.123.partial", "last.pt", ".lock", "notes.partial"):
+    (tmp_path / "evaluations").mkdir()
+    for name in (".last.pt.123.partial", "last.pt", ".lock", "notes.partial", "evaluations/.a.npz.123.partial"):
         (tmp_path / name).write_text("x")
     remove_leftovers(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "last.pt", "notes.partial"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "evaluations", "last.pt", "notes.partial"]
+    assert not list((tmp_path / "evaluations").iterdir())
