@@ -24,7 +24,8 @@ class ExtractionConfig(BaseModel):
     forward_batch: int = Field(default=8, ge=1)
     """Clips per forward pass. Always full: zeros stand in where a row is missing."""
     compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the backbone's arithmetic (autocast where it is not float32), end to end too; float16 in stage 1 only."""
+    """Number format of the backbone's arithmetic (autocast where it is not float32); of a learning one `training.compute_dtype` may say
+    otherwise."""
     decode_workers: int | None = Field(default=None, ge=0, le=1024)
     """Processes that decode; None: one less than the cores, at most 16. 0 decodes in this process, without the limits below."""
     seconds_per_video: float = Field(default=120.0, gt=0, le=1e6)

@@ -23,7 +23,8 @@ class TrainingConfig(BaseModel):
     episodes_per_step: int = Field(default=16, ge=1)
     """Episodes whose mean loss makes one optimiser step (published flag: tasks_per_batch), on all ranks together."""
     episodes_per_forward: int | None = Field(default=None, ge=1)
-    """Episodes in one forward pass of a rank; None: a whole step on the cache and in classification, one end to end. Changes no result."""
+    """Episodes in one forward pass of a rank; None: a whole step on the cache and in classification, one end to end. Changes no result
+    (in classification it changes which clips are mixed, and what a backbone with dropout draws)."""
     clips_per_forward: int | None = Field(default=None, ge=1)
     """Clips of an episode that pass the learning backbone at a time, each run again for its gradient; None: all. Changes no result;
     needs BatchNorm that is frozen (or none)."""
@@ -105,7 +106,7 @@ class TrainingConfig(BaseModel):
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> TrainingConfig:
-        problem = self._problem_of_steps() or self._problem_of_rates()
+        problem = self._problem_of_steps() or self._problem_of_rates() or self._problem_of_idle_knobs()
         if problem:
             raise ValueError(problem)
         return self
@@ -143,6 +144,29 @@ class TrainingConfig(BaseModel):
                 f'training.backbone_batchnorm = "{self.backbone_batchnorm}" in classification would be statistics of a single clip. '
                 'Use "synchronised" or "frozen".'
             )
+        return None
+
+    def _problem_of_idle_knobs(self) -> str | None:
+        """What says something that nothing in the run listens to."""
+        of_backbone = {
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "clips_per_forward": self.clips_per_forward,
+            "compute_dtype": self.compute_dtype,
+        }
+        given = [f"training.{name} = {value!r}" for name, value in of_backbone.items() if value]
+        if given and (self.mode == "cached" or self.backbone_learning_rate == 0):
+            why = "on the cache there is no backbone" if self.mode == "cached" else "the backbone is frozen"
+            return f"{given[0]} is of a backbone that learns, but {why}. Leave it out."
+        if self.mode == "cached" and self.check_videos:
+            return "training.check_videos = true tries videos, but cubes are read from the cache. Leave it out."
+        if (
+            self.schedule != "multi_step"
+            and "milestone_factor" in self.model_fields_set
+            and self.milestone_factor != 0.1
+        ):
+            return f'training.milestone_factor = {self.milestone_factor} is of schedule "multi_step". Set it, or leave the factor out.'
+        if not self.decay_norm_and_bias and not self.weight_decay:
+            return "training.decay_norm_and_bias = false changes nothing without training.weight_decay. Set it, or leave this out."
         return None
 
     def _problem_of_rates(self) -> str | None:

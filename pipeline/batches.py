@@ -82,21 +82,22 @@ class TrainingBatches:
     def ahead(self, wanted: Iterator[range]) -> Iterator[Callable[[], EpisodeBatch]]:
         """Make batches in the background; yields a function that gives the next one, in the order of `wanted`."""
         making: deque[Future[EpisodeBatch]] = deque()
-        with ThreadPoolExecutor(self.num_threads, thread_name_prefix="batches") as pool:
+        pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="batches")
 
-            def begin_another() -> None:
-                indices = next(wanted, None)
-                if indices is not None:
-                    making.append(pool.submit(self.make, indices))
+        def begin_another() -> None:
+            indices = next(wanted, None)
+            if indices is not None:
+                making.append(pool.submit(self.make, indices))
 
-            def next_batch() -> EpisodeBatch:
-                batch = making.popleft().result()
-                begin_another()
-                return batch
+        def next_batch() -> EpisodeBatch:
+            batch = making.popleft().result()
+            begin_another()
+            return batch
 
+        try:
             for _ in range(self.num_ahead):
                 begin_another()
-            try:
-                yield next_batch
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+            yield next_batch
+        finally:
+            # Not waited for: a run that is stopped saves first, and closing its source ends what is being decoded.
+            pool.shutdown(wait=False, cancel_futures=True)

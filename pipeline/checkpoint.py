@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def write_file(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def save_checkpoint(path: Path, content: dict[str, Any], keep: Path | None = None) -> None:
@@ -66,7 +66,7 @@ def save_checkpoint(path: Path, content: dict[str, Any], keep: Path | None = Non
             # Where a kill had left `path` and `keep` as two names of one file, this third one is still there.
             second.unlink(missing_ok=True)
     aside.replace(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -84,30 +84,24 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     return content
 
 
-def load_newest(paths: Sequence[Path], position: Callable[[dict[str, Any]], int], device: torch.device | str) -> Newest:
-    """The good checkpoint that is furthest on.
+def load_newest(paths: Sequence[Path]) -> Newest:
+    """The first good checkpoint of those that there are, on the CPU.
 
     Args:
-        paths: where one may be; those that do not exist are passed over.
-        position: how far on a checkpoint is.
-        device: where its tensors go.
+        paths: where one may be, the newest first; those that do not exist are passed over.
 
     Raises:
         CheckpointError: none of them can be read; the reason of the first.
     """
-    good: list[Newest] = []
     problems: list[CheckpointError] = []
     for path in paths:
         if not path.is_file():
             continue
         try:
-            good.append(Newest(path, load_checkpoint(path, device), ()))
+            return Newest(path, load_checkpoint(path), tuple(str(problem) for problem in problems))
         except CheckpointError as error:
             problems.append(error)
-    if not good:
-        raise problems[0] if problems else CheckpointError(f"no checkpoint {paths[0]}.")
-    best = max(good, key=lambda each: position(each.content))
-    return Newest(best.path, best.content, tuple(str(problem) for problem in problems))
+    raise problems[0] if problems else CheckpointError(f"no checkpoint {paths[0]}.")
 
 
 def content_digest(content: Any) -> str:
@@ -164,7 +158,8 @@ def _plain_reason(error: Exception) -> str:
     return lines[0].split(". ")[0].rstrip(".") if lines else type(error).__name__
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have what was renamed or removed in a folder on the disk itself."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -162,6 +162,7 @@ class Student:
         """Before the first forward pass of a step."""
         self.learner.model.train()
         self.learner.stepper.optimizer.zero_grad(set_to_none=True)
+        self.statistics.forget()
         self._sums = []
 
     def accumulate(self, batch: EpisodeBatch, part: Part, step_index: int) -> None:

@@ -62,6 +62,13 @@ def run_loop(
                 clips += batch.num_videos if part.is_counted else 0
                 for student in active:
                     student.accumulate(batch, part, plan.step_index(step))
+                if _is_over(stop, ranks):
+                    break
+            if _is_over(stop, ranks):
+                # The step that was begun has changed nothing yet; it is done again from its first episode.
+                for student in active:
+                    student.begin()
+                break
             for student in active:
                 record = student.take_step(step, plan.step_index(step), stop)
                 student.learner.on_step(record, StepSpeed(clips, time.monotonic() - began, waiting))

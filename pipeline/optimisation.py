@@ -81,7 +81,9 @@ class Stepper:
             self.scaler.update()
             self._go_on(is_stepped=True)
             return StepOutcome(norm)
-        if self.scaler.get_scale() <= 1:  # 1 where the scaler is disabled
+        is_overflow = not all(bool(torch.isfinite(each.grad).all()) for each in parameters if each.grad is not None)
+        # A scale of 1: the scaler is disabled, or at its end. Finite gradients whose norm is not: no scale would help.
+        if self.scaler.get_scale() <= 1 or not is_overflow:
             return StepOutcome(norm)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.update()

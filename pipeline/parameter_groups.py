@@ -44,6 +44,11 @@ def freeze_parameters(model: FewShotModel, training: TrainingConfig) -> list[str
     frozen = [name for name in parameters if _is_frozen(name, training)]
     for name in frozen:
         parameters[name].requires_grad_(False)
+    if frozen and len(frozen) == len(parameters) and (training.freeze or training.rates):
+        raise OptimisationError(
+            f"training.freeze = {list(training.freeze)} and training.rates freeze all {len(frozen)} parameters, so nothing would learn. "
+            "Leave some free."
+        )
     encoder = model.encoder
     if isinstance(encoder, ClipEncoder) and not any(each.requires_grad for each in encoder.parameters()):
         encoder.rest()  # whichever knob froze it all, a frozen backbone is in evaluation mode

@@ -132,7 +132,9 @@ def lost(error: BaseException) -> RankLost:
 
 @contextmanager
 def joined_ranks(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
-    """Join the job that torchrun started this process in; alone without one.
+    """Join the job that torchrun (or another launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT) started this process in.
+
+    Alone without one.
 
     Yields:
         The ranks, and this rank's device: the GPU of its own number where `device` is CUDA.
@@ -141,7 +143,9 @@ def joined_ranks(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
         SetupError: torchrun's variables contradict each other, or there are more ranks than GPUs.
     """
     is_launched = "TORCHELASTIC_RUN_ID" in os.environ
-    if not is_launched or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    # Other launchers set the same variables; without an address the ranks cannot find each other.
+    are_told = is_launched or {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if not are_told or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks(is_launched=is_launched), device
         return
     ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), is_launched)
@@ -159,7 +163,7 @@ def joined_ranks(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
 
 
 def _own_gpu(device: torch.device) -> torch.device:
-    local = int(os.environ["LOCAL_RANK"])
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
     if device.index is not None:
         raise SetupError(f"--device {device} would put every rank on one GPU; use --device cuda under torchrun.")
     if local >= torch.cuda.device_count():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -10,7 +13,9 @@ from typing import Any
 
 import torch
 
-from configs.load import load_config, to_toml
+from cache.disk_store import DiskStore
+from cache.store import RowKey
+from configs.load import parse_config, to_toml
 from configs.schema import RunConfig
 from episodes.build import head_config
 from pipeline.checkpoint import Newest, load_checkpoint, load_newest, save_checkpoint
@@ -88,24 +93,35 @@ def refuse_wrong_folder(folder: Path, resume: bool) -> None:
     """
     if resume and not is_begun(folder):
         raise SetupError(f"{folder} holds no run to resume (no last.pt). Start it without --resume.")
-    if not resume and is_begun(folder) and load_for_resume(folder, torch.device("cpu")).content["progress"]["episode"] > 0:
+    if not resume and is_begun(folder) and load_for_resume(folder).content["progress"]["episode"] > 0:
         raise SetupError(f"{folder} holds a run already. Go on with --resume, or choose another --out.")
     if not resume and (folder / "card.json").is_file():
         raise SetupError(f"{folder} holds a finished run already. Choose another --out.")
 
 
-def refuse_other_config(folder: Path, config: RunConfig, checkpoint: Mapping[str, Any]) -> None:
+def refuse_other_config(config: RunConfig, checkpoint: Mapping[str, Any]) -> None:
     """Refuse to resume with settings that would change the numbers.
 
-    A run may be made longer, where its learning rate does not depend on its length.
+    A run may be made longer or shorter where it then equals a run that always had that length: its learning rate does not depend
+    on it, and it stands at the end of a full step.
 
     Raises:
-        SetupError: names every such field with both values.
+        SetupError: names every such field with both values, or options of the head whose defaults have changed since.
     """
-    stored, wanted = load_config(folder / "config.toml").model_dump(mode="json"), config.model_dump(mode="json")
+    stored = parse_config(tomllib.loads(checkpoint["config"])).model_dump(mode="json")
+    wanted = config.model_dump(mode="json")
     changeable = set(CHANGEABLE)
-    if config.training.schedule != "cosine" and config.training.episodes >= checkpoint["progress"]["episode"]:
+    done, training = int(checkpoint["progress"]["episode"]), config.training
+    is_between_full_steps = (
+        done + (1 if training.published_first_step and done else 0)
+    ) % training.episodes_per_step == 0
+    if training.schedule != "cosine" and training.episodes >= done and is_between_full_steps:
         changeable.add("training.episodes")
+    if stored["head"] == wanted["head"] and checkpoint["head_options"] != resolved_head_options(config):
+        raise SetupError(
+            "--resume: the head's options that the config leaves out had other defaults when the run began: "
+            f"{checkpoint['head_options']}, now {resolved_head_options(config)}. State them, or start a new --out."
+        )
     differing = [
         f"{table}.{key}: run {stored[table].get(key)!r}, now {wanted[table].get(key)!r}"
         for table in stored
@@ -118,16 +134,14 @@ def refuse_other_config(folder: Path, config: RunConfig, checkpoint: Mapping[str
         )
 
 
-def load_for_resume(folder: Path, device: torch.device) -> Newest:
-    """The newest good checkpoint of a run.
+def load_for_resume(folder: Path) -> Newest:
+    """The newest good checkpoint of a run, on the CPU.
 
     Raises:
         CheckpointError: there is none, or none that can be read.
         SetupError: it is of a version whose runs cannot be gone on with.
     """
-    found = load_newest(
-        [folder / "last.pt", folder / "previous.pt"], lambda content: int(content["progress"]["episode"]), device
-    )
+    found = load_newest([folder / "last.pt", folder / "previous.pt"])
     if "stepper" not in found.content:
         raise SetupError(
             f"{found.path} is of an earlier version, which kept another state. Train anew into another --out."
@@ -146,7 +160,7 @@ def note_resumption(checkpoint: Newest) -> None:
         checkpoint.path.replace(last)
 
 
-def save_run(path: Path, place: Workplace, stepper: Stepper, progress: Progress) -> None:
+def save_run(path: Path, place: Workplace, stepper: Stepper, progress: Progress, cubes_digest: str | None) -> None:
     """Write a checkpoint: weights, optimiser, position, generators, resolved config, and what the numbers depend on.
 
     best.pt has the weights that were validated (the moving average, where there is one) and nothing that only training needs;
@@ -164,6 +178,7 @@ def save_run(path: Path, place: Workplace, stepper: Stepper, progress: Progress)
         "num_classes": place.num_classes,
         "split_hash": place.manifest.split_hash,
         "store_spec": place.store.spec.to_json() if place.store else None,
+        "cubes_digest": cubes_digest,
     }
     if is_best:
         save_checkpoint(path, content)
@@ -173,7 +188,10 @@ def save_run(path: Path, place: Workplace, stepper: Stepper, progress: Progress)
 
 
 def generator_states() -> dict[str, Any]:
-    """The state of torch's global generators. Nothing of ours draws from them; a user's own head or backbone may."""
+    """The state of torch's global generators. Nothing of ours draws from them; a user's own head or backbone may.
+
+    Of several ranks, those of the first.
+    """
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
@@ -189,11 +207,32 @@ def resolved_head_options(config: RunConfig) -> dict[str, Any]:
     return head_config(config.head.name, config.head.options).model_dump(mode="json")
 
 
+def digest_cubes(place: Workplace) -> str | None:
+    """SHA-256 over the cubes that a run on the cache reads; None where it has no store.
+
+    A store may grow by other videos while a run is going on.
+    """
+    if not isinstance(place.store, DiskStore):
+        return None if place.store is None else place.store.content_hash()
+    training = place.config.training
+    views = {"train": range(place.config.episodes.train_views), "val": range(1)}
+    if training.track_test:
+        views["test"] = range(1)
+    digest = hashlib.sha256()
+    for split, numbers in views.items():
+        for video in place.manifest.videos_of(split):
+            for view in numbers:
+                hashes = place.store.row_hashes(RowKey(video.video_id, view))
+                own = None if hashes is None else hashes.get(place.config.head.array)  # a rejected row has none
+                digest.update(json.dumps([video.video_id, view, own]).encode())
+    return digest.hexdigest()
+
+
 def refuse_other_data(checkpoint: Mapping[str, Any], place: Workplace) -> None:
     """Refuse to resume on other data than the run began with.
 
     Raises:
-        SetupError: another split hash or another store.
+        SetupError: another split hash, another store, or other cubes in it.
     """
     spec = place.store.spec.to_json() if place.store else None
     if checkpoint["split_hash"] != place.manifest.split_hash:
@@ -205,6 +244,19 @@ def refuse_other_data(checkpoint: Mapping[str, Any], place: Workplace) -> None:
         raise SetupError(
             "--resume: the store's spec is not the one that the run began with. Restore it, or start a new --out."
         )
+    if checkpoint["cubes_digest"] != digest_cubes(place):
+        raise SetupError(
+            "--resume: cubes of the store are not those that the run began with, though they were made alike (were its videos "
+            "exchanged and extracted anew?). Restore the store, or start a new --out."
+        )
+
+
+def set_card_aside(folder: Path, episode: int) -> None:
+    """Keep the card of a finished run that goes on under another name: it says nothing about the run to come."""
+    for ending in ("json", "md"):
+        card = folder / f"card.{ending}"
+        if card.exists():
+            card.replace(folder / f"card_after_{episode}_episodes.{ending}")
 
 
 def export_backbone(folder: Path) -> None:

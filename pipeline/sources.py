@@ -100,7 +100,24 @@ class EncodedClips:
     With running statistics a cube is a constant of its video (reference 12.8), so the scores are those of the whole model.
     """
 
-    def __init__(self, clips: LiveClips, encoder: nn.Module, device: torch.device, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        clips: LiveClips,
+        encoder: nn.Module,
+        device: torch.device,
+        ranks: Ranks = ALONE,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Encode nothing yet.
+
+        Args:
+            clips: decoded on the spot.
+            encoder: the backbone.
+            device: where it is.
+            ranks: of this job; each encodes a share in `check`.
+            on_progress: called with (clips encoded, clips to encode) while they are; may raise to leave.
+        """
+        self.on_progress = on_progress
         self.clips = clips
         self.encoder = encoder
         self.device = device
@@ -135,6 +152,7 @@ class EncodedClips:
                     reads.append(self._begin_read(parts[number + 2]))
                 cubes = self.encoder(clips.to(self.device, non_blocking=True)[None])[0].cpu()
                 self._cubes |= dict(zip(part, cubes, strict=True))
+                self.on_progress(min((number + 1) * chunk, len(rows)), len(rows))
         self.encoder.train(was_training)
 
     def _begin_read(self, rows: Sequence[tuple[str, int]]) -> Callable[[], Tensor]:

@@ -39,28 +39,39 @@ class StepPlan:
                 f"training.episodes_per_step = {per_step} cannot be shared by {world_size} ranks. Start at most {per_step}, "
                 "or raise it."
             )
-        if self.config.backbone_batchnorm == "synchronised" and 0 < self.config.episodes % per_step < world_size:
+        if self.config.backbone_batchnorm == "synchronised" and self.config.episodes:
+            self._refuse_steps_without_an_episode_for_each_rank()
+
+    def _refuse_steps_without_an_episode_for_each_rank(self) -> None:
+        # Only the first and the last step may be shorter than the others.
+        per_step, shift = self.config.episodes_per_step, self._shift
+        first = min(self.config.episodes, per_step - shift)
+        last = (self.config.episodes + shift) % per_step or per_step
+        shortest = min(first, last) if self.config.episodes > first else first
+        if shortest < self.ranks.world_size:
             raise ValueError(
-                f"training.episodes = {self.config.episodes} leaves {self.config.episodes % per_step} for the last step, fewer than "
-                f"{world_size} ranks, which statistics over all ranks need. Make it a multiple of {per_step}."
+                f"training.episodes = {self.config.episodes} in steps of {per_step} makes a step of {shortest}, fewer than "
+                f"{self.ranks.world_size} ranks, which statistics over all ranks need. Change training.episodes, or start fewer ranks."
             )
+
+    @property
+    def _shift(self) -> int:
+        # The released codes count from 1, so that their first step comes one episode early (reference 1.7).
+        return 1 if self.config.published_first_step else 0
 
     def steps(self) -> Iterator[range]:
         """Episodes of each step, in order."""
         config = self.config
-        # The released codes count from 1, so that their first step comes one episode early (reference 1.7).
-        shift = 1 if config.published_first_step else 0
         start = 0
         while start < config.episodes:
-            stop = min(config.episodes, start + config.episodes_per_step - (shift if start == 0 else 0))
+            stop = min(config.episodes, start + config.episodes_per_step - (self._shift if start == 0 else 0))
             if stop > self.first_episode:
                 yield range(start, stop)
             start = stop
 
     def step_index(self, step: range) -> int:
         """Steps before this one."""
-        shift = 1 if self.config.published_first_step else 0
-        return (step.start + shift) // self.config.episodes_per_step
+        return (step.start + self._shift) // self.config.episodes_per_step
 
     def parts_of(self, step: range) -> list[Part]:
         """The forward passes of this rank in a step, at least one."""

@@ -15,7 +15,7 @@ from configs.load import to_toml
 from configs.schema import RunConfig
 from pipeline.augmentation import Augmentation
 from pipeline.batches import TrainingBatches
-from pipeline.checkpoint import Newest, remove_leftovers, write_file
+from pipeline.checkpoint import Newest, remove_leftovers, sync_folder, write_file
 from pipeline.classify import clip_sampler
 from pipeline.determinism import deterministic
 from pipeline.initial_weights import load_initial_weights
@@ -29,6 +29,7 @@ from pipeline.ranks import ALONE, RankLost, Ranks
 from pipeline.run_card import write_card
 from pipeline.run_files import (
     Progress,
+    digest_cubes,
     export_backbone,
     load_for_resume,
     note_resumption,
@@ -36,12 +37,14 @@ from pipeline.run_files import (
     refuse_other_data,
     refuse_wrong_folder,
     restore_generators,
+    set_card_aside,
 )
 from pipeline.run_lock import locked
 from pipeline.run_log import RunLog
 from pipeline.settings import SetupError
 from pipeline.setup import Workplace, global_index, make_sampler, prepare
 from pipeline.sources import LiveClips, SourceError
+from pipeline.step_plan import StepPlan
 from pipeline.training_job import TrainingJob
 
 Report = Callable[[Path, Mapping[str, Any]], None]
@@ -101,10 +104,11 @@ def train_together(
     with ExitStack() as held:
         held.enter_context(deterministic(runs[0][0].training.deterministic))
         places, checkpoints = _prepare_all(runs, device, resume, ranks, held)
-        _refuse_unequal_positions(runs, checkpoints, ranks)
         stop = held.enter_context(StopRequest(ranks.is_launched, is_silent=not ranks.is_first))
         jobs = []
-        for (_, folder), place, checkpoint in zip(runs, places, checkpoints, strict=True):
+        for (_, folder), place in zip(runs, places, strict=True):
+            # Taken off the list: a second copy of the weights and the optimiser would stay in memory to the end.
+            checkpoint = checkpoints.pop(0)
             job = _make_job(place, folder, partial(report, folder), stop, ranks)
             if checkpoint is not None:
                 _restore(job, checkpoint)
@@ -115,6 +119,7 @@ def train_together(
                     refuse_wrong_folder(folder, resume=False)
                 _begin(job, checkpoint, held)
             jobs.append(job)
+            del checkpoint
         _run(jobs, stop, ranks)
         cards = [_finish(job, len(jobs)) for job in jobs]
         ranks.wait()
@@ -130,20 +135,34 @@ def _prepare_all(
         refuse_wrong_folder(folder, resume)
         if resume and ranks.is_first:
             held.enter_context(locked(folder))
-        checkpoint = load_for_resume(folder, device) if resume else None
+        checkpoint = load_for_resume(folder) if resume else None
         place = prepare(
             config, device, checkpoint.content if checkpoint else None, beside=places[0] if places else None
         )
         if isinstance(place.source, LiveClips):
             held.callback(place.source.close)
+        _refuse_shares(place.config, ranks)
         if checkpoint is not None:
-            refuse_other_config(folder, place.config, checkpoint.content)
+            refuse_other_config(place.config, checkpoint.content)
             refuse_other_data(checkpoint.content, place)
         elif config.training.initial_weights:
             load_initial_weights(place.model, Path(config.training.initial_weights))
         places.append(place)
         checkpoints.append(checkpoint)
+    _refuse_unequal_positions(runs, checkpoints, ranks)
     return places, checkpoints
+
+
+def _refuse_shares(config: RunConfig, ranks: Ranks) -> None:
+    """Refuse, before anything is written, what cannot be shared by so many ranks."""
+    plan = StepPlan(config.training, ranks)
+    is_mixed = config.classify.mixup_alpha or config.classify.cutmix_alpha
+    first = next(plan.steps(), None)
+    if is_mixed and first is not None and min(len(part.episodes) for part in plan.parts_of(first)) < 2:
+        raise SetupError(
+            f"classify.mixup_alpha and cutmix_alpha mix clips of one forward pass, but with {ranks.world_size} ranks and "
+            f"training.episodes_per_step = {config.training.episodes_per_step} a single one passes at a time. Raise it, or leave them out."
+        )
 
 
 def _refuse_unequal_positions(
@@ -165,7 +184,9 @@ def _make_job(
     stepper = make_stepper(place.model, place.config.training, place.device, place.config.extraction.compute_dtype)
     validation = make_sampler(place.config, place.manifest, "val") if place.manifest.classes("val") else None
     test = make_sampler(place.config, place.manifest, "test") if place.config.training.track_test else None
-    return TrainingJob(place, folder, stepper, validation, test, report, Progress.now(), stop, ranks)
+    return TrainingJob(
+        place, folder, stepper, validation, test, report, Progress.now(), stop, ranks, digest_cubes(place)
+    )
 
 
 def _restore(job: TrainingJob, checkpoint: Newest) -> None:
@@ -191,7 +212,7 @@ def _check_sources(job: TrainingJob) -> None:
         # A file that does not decode should show now, not at the first validation.
         wanted = list(dict.fromkeys([*(train_ids if config.training.check_videos else []), *scored_ids]))
         with suppress(SourceError):
-            source.try_all(job.ranks.slice_of(wanted))
+            source.try_all(job.ranks.slice_of(wanted), job.leave_before_training)
         for failed in job.ranks.gather(source.failed):
             source.failed |= cast(dict[str, str], failed)
         _write_bad_videos(job)
@@ -199,9 +220,9 @@ def _check_sources(job: TrainingJob) -> None:
 
 
 def _write_bad_videos(job: TrainingJob) -> None:
-    """List every video that could not be decoded, and why: on the first rank."""
+    """List every video that could not be decoded, and why; the rank that met them may be any, so each writes what it knows."""
     source = job.place.source
-    if job.ranks.is_first and isinstance(source, LiveClips) and source.failed:
+    if isinstance(source, LiveClips) and source.failed:
         job.folder.mkdir(parents=True, exist_ok=True)
         write_file(job.folder / "bad_videos.json", (json.dumps(source.failed, indent=2) + "\n").encode())
 
@@ -211,18 +232,23 @@ def _begin(job: TrainingJob, checkpoint: Newest | None, held: ExitStack) -> None
     folder, training = job.folder, job.training
     remove_leftovers(folder)
     if checkpoint is None:
+        # The checkpoints first: none of them may be found beside the new config.
         for name in (
+            "last.pt",
+            "previous.pt",
             "best.pt",
             "card.json",
             "card.md",
             "backbone.pt",
-            "previous.pt",
             "not_finite.json",
             "bad_videos.json",
         ):
             (folder / name).unlink(missing_ok=True)  # of a run that never finished its first step
+        sync_folder(folder)
     else:
         note_resumption(checkpoint)
+        if job.progress.episode < training.episodes:
+            set_card_aside(folder, job.progress.episode)
     write_file(folder / "config.toml", to_toml(job.place.config).encode())
     job.log = held.enter_context(
         RunLog(folder, training.loggers, job.place.config.model_dump(mode="json"), folder.name)
@@ -307,6 +333,8 @@ def _finish(job: TrainingJob, num_together: int) -> dict[str, Any]:
     if not job.ranks.is_first:
         return {}
     job.save("last.pt")
+    for name in ("not_finite.json", "bad_videos.json"):
+        (job.folder / name).unlink(missing_ok=True)  # of a stop that was mended
     if isinstance(job.place.model.encoder, ClipEncoder):
         export_backbone(job.folder)
     return write_card(

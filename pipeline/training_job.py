@@ -44,6 +44,8 @@ class TrainingJob:
     progress: Progress
     stop: StopRequest
     ranks: Ranks
+    cubes_digest: str | None = None
+    """Of the cubes that the run reads, on the cache."""
     log: RunLog | None = None
     """Of the first rank, once the folder is this job's."""
     _clock: float = field(default_factory=time.monotonic)
@@ -64,7 +66,7 @@ class TrainingJob:
         if self.log is not None:
             self.log.sync()
         if self.ranks.is_first:
-            save_run(self.folder / name, self.place, self.stepper, self.progress)
+            save_run(self.folder / name, self.place, self.stepper, self.progress, self.cubes_digest)
         self._seconds["seconds_saving"] = self._seconds.get("seconds_saving", 0.0) + time.monotonic() - began
 
     def after_step(self, record: StepRecord, speed: StepSpeed) -> None:
@@ -111,7 +113,7 @@ class TrainingJob:
         progress, began = self.progress, time.monotonic()
         line: dict[str, Any] = {"kind": "validation", "episode": progress.episode}
         place = replace(self.place, model=self.stepper.averaged_model() or self.place.model)
-        source = evaluation_source(place, self.ranks)
+        source = evaluation_source(place, self.ranks, self._refuse_to_go_on)
         held_out = (
             score_held_out(place, self.ranks, self._refuse_to_go_on) if self.training.mode == "classify" else None
         )
@@ -160,6 +162,12 @@ class TrainingJob:
         if self.stop.signal_number is not None and not self.ranks.are_several:
             raise self.stopped()
 
+    def leave_before_training(self, done: int, total: int) -> None:
+        """Called while videos are tried: leave at once when a signal came."""
+        del done, total
+        if self.stop.signal_number is not None:
+            raise Stopped(self.stop.signal_number, f"nothing new was trained in {self.folder}")
+
     def stopped(self) -> Stopped:
         """The error that ends a stopped run after it was saved."""
         assert self.stop.signal_number is not None
@@ -187,9 +195,11 @@ class TrainingJob:
         write_file(self.folder / "not_finite.json", (json.dumps(document, indent=2) + "\n").encode())
 
 
-def evaluation_source(place: Workplace, ranks: Ranks) -> Source:
+def evaluation_source(
+    place: Workplace, ranks: Ranks, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> Source:
     """Where validation and test cubes come from: the store, or every video once through the backbone."""
     if isinstance(place.source, LiveClips):
         assert isinstance(place.model.encoder, ClipEncoder)
-        return EncodedClips(place.source, place.model.encoder, place.device, ranks)
+        return EncodedClips(place.source, place.model.encoder, place.device, ranks, on_progress)
     return place.source

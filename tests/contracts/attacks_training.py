@@ -20,19 +20,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-
-from cache.open import open_store
 from configs.load import to_toml
-from contracts.equal_runs import differences
-from contracts.world import World, make_world
-from extract.build import build_backbone
+from contracts.training_recipes import (
+    COMMON,
+    EPISODES,
+    MODES,
+    VALIDATE_EVERY,
+    Recipe,
+    make_store,
+)
+from contracts.world import make_world
 from pipeline.checkpoint import CheckpointError
-from pipeline.extraction import build_spec, extract_videos, video_sources
 from pipeline.run_files import is_begun, load_for_resume
 
 ROOT = Path(__file__).parents[2]
-CPU = torch.device("cpu")
 PLACES = ("begin", "train", "validate", "finish", "over")
 """Where a process was killed: before the first checkpoint, between two validations, in one, after the last one, after its end."""
 ENVIRONMENT = {
@@ -41,95 +42,6 @@ ENVIRONMENT = {
     **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
     "PYTHONDONTWRITEBYTECODE": "1",
 }
-EPISODES, STEP_EPISODES, VALIDATE_EVERY = 18, 2, 6
-COMMON = (
-    f"training.episodes={EPISODES}",
-    f"training.episodes_per_step={STEP_EPISODES}",
-    f"training.validate_every={VALIDATE_EVERY}",
-    "training.save_seconds=1e-9",  # after every step
-    "training.ema_decay=0.8",
-    "training.schedule=cosine",
-    'training.loggers=["csv","tensorboard"]',
-)
-LIVE = (
-    "episodes.train_views=50",
-    "sampling.crop=random",
-    "augmentation.color_jitter=0.4",
-    "augmentation.erasing_probability=0.5",
-    "training.momentum=0.9",
-    "training.nesterov=true",
-    "training.clip_gradient_norm=5.0",
-    "training.validation_episodes=6",
-    "training.seed=2",
-    "episodes.seed=2",
-)
-# Seeds and rates with which the best checkpoint is written more than once.
-MODES = {
-    "cached": (
-        "training.optimizer=adamw",
-        "training.learning_rate=0.5",
-        "training.weight_decay=0.01",
-        "training.warmup_episodes=4",
-        "training.validation_episodes=20",
-    ),
-    "end_to_end": (
-        *LIVE,
-        "training.mode=end_to_end",
-        "head.name=feat",
-        "training.learning_rate=0.1",
-        "training.backbone_batchnorm=episode",
-    ),
-    "heads": ("training.optimizer=adamw", "training.learning_rate=0.1", "training.validation_episodes=20"),
-    "classify": (
-        *LIVE,
-        "training.mode=classify",
-        "head.name=protonet",
-        "classify.mixup_alpha=0.2",
-        "classify.dropout=0.2",
-    ),
-}
-"""What is trained in each of the modes: all that carries state from step to step, or draws, is in there. `heads` are two on the cache
-in one pass, each with a folder of its own."""
-HEADS_TOGETHER = ("mastaf", "feat")
-VARIATIONS = ((), ("training.decode_workers=1",))
-"""Settings that change no result, by turns."""
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """What is trained, and the run of it that nobody disturbed."""
-
-    mode: str
-    path: Path
-    """The TOML file."""
-    peaceful: Path
-    """The folder of the run."""
-    seconds: float = 0.0
-    """That it took in a forked process."""
-    fresh_seconds: float = 0.0
-    """That it took in a fresh process, with the imports."""
-
-    def variation(self, number: int) -> tuple[str, ...]:
-        """`--set` values of a trial."""
-        return VARIATIONS[number % len(VARIATIONS)] if self.mode in ("end_to_end", "classify") else ()
-
-    @property
-    def words(self) -> list[str]:
-        """Of the command, beside the recipe and the folder."""
-        return ["--heads", ",".join(HEADS_TOGETHER)] if self.mode == "heads" else []
-
-    def folders(self, run: Path) -> list[Path]:
-        """Where checkpoints and logs are, in what was given as --out."""
-        return [run / head for head in HEADS_TOGETHER] if self.mode == "heads" else [run]
-
-    def differences(self, run: Path) -> list[str]:
-        """What is not as in the run that nobody disturbed."""
-        pairs = zip(self.folders(self.peaceful), self.folders(run), strict=True)
-        return [
-            f"{f'{folder.name}: ' if folder != run else ''}{line}"
-            for peaceful, folder in pairs
-            for line in differences(peaceful, folder)
-        ]
 
 
 @dataclass(slots=True)
@@ -269,14 +181,6 @@ class Trainers:
         return time.perf_counter() - began
 
 
-def make_store(world: World, path: Path) -> None:
-    """The cubes that `cached` trains on."""
-    config = world.config()
-    backbone = build_backbone(config.backbone, config.sampling)
-    with open_store(path, spec=build_spec(config, backbone, CPU), mode="a", shard_rows=8) as store:
-        extract_videos(store, list(video_sources(world.manifest).values()), backbone, config, CPU)
-
-
 def make_recipes(trainers: Trainers, folder: Path, modes: Sequence[str] = tuple(MODES)) -> dict[str, Recipe]:
     """Videos, a store, and of each mode the recipe and a run in peace."""
     world = make_world(folder / "world")
@@ -339,7 +243,7 @@ def _place_of(folder: Path) -> str:
     if not is_begun(folder):
         return "begin"
     try:
-        progress = load_for_resume(folder, CPU).content["progress"]
+        progress = load_for_resume(folder).content["progress"]
     except CheckpointError:
         return "begin"  # and it will not go on, which is what the attacks look for
     episode, validated = progress["episode"], progress["validated_episode"]

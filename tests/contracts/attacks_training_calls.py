@@ -12,7 +12,6 @@ from typing import Literal
 
 from contracts.attacks_strace import EFFECTS, OPENS, Call, points, read_trace
 from contracts.attacks_training import (
-    Recipe,
     Tally,
     Trainers,
     empty_run,
@@ -21,6 +20,7 @@ from contracts.attacks_training import (
     place_of,
     timed,
 )
+from contracts.training_recipes import Recipe
 
 Start = Literal["new", "killed", "damaged"]
 """What the killed process began with: nothing, a run that was killed halfway, or one whose last.pt is damaged besides."""

@@ -13,11 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from contracts.attacks_training import (
-    CPU,
-    EPISODES,
-    STEP_EPISODES,
-    VALIDATE_EVERY,
-    Recipe,
     Tally,
     Trainer,
     Trainers,
@@ -28,6 +23,7 @@ from contracts.attacks_training import (
     timed,
 )
 from contracts.equal_runs import unequal
+from contracts.training_recipes import EPISODES, STEP_EPISODES, VALIDATE_EVERY, Recipe
 from pipeline.checkpoint import CheckpointError, load_checkpoint
 from pipeline.interrupts import SIGNALS, exit_code
 from pipeline.run_files import is_begun, load_for_resume
@@ -97,7 +93,7 @@ def _generators(recipe: Recipe, run: Path) -> dict[str, Any] | None:
     """The state of torch's global generators, which goes from process to process with the run."""
     folder = recipe.folders(run)[0]
     with suppress(CheckpointError):
-        return dict(load_for_resume(folder, CPU).content["generators"]) if is_begun(folder) else None
+        return dict(load_for_resume(folder).content["generators"]) if is_begun(folder) else None
     return None
 
 

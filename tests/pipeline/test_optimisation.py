@@ -381,7 +381,7 @@ def test_step_without_any_gradient_only_moves_the_schedule(dtype: str) -> None:
         ({"compute_dtype": "bfloat16"}, "float16", False),
         (HALF, "float32", True),
         (HALF | {"mode": "classify"}, "float32", True),
-        (HALF | {"backbone_learning_rate": 0.0}, "float16", False),
+        ({"backbone_learning_rate": 0.0}, "float16", False),
         ({"mode": "cached"}, "float16", False),
     ],
 )

@@ -56,7 +56,7 @@ def test_the_published_first_step_is_an_episode_short_and_divided_by_all() -> No
         ({"mode": "end_to_end", "backbone_batchnorm": "synchronised"}, 8),
         ({"mode": "cached"}, 8),
         ({"mode": "classify"}, 8),
-        ({"mode": "classify", "episodes_per_forward": 3}, 3),
+        ({"mode": "classify", "episodes_per_forward": 3, "backbone_batchnorm": "frozen"}, 3),
     ],
 )
 def test_how_many_episodes_pass_at_a_time_follows_the_mode(knobs: dict[str, Any], size: int) -> None:
@@ -66,5 +66,11 @@ def test_how_many_episodes_pass_at_a_time_follows_the_mode(knobs: dict[str, Any]
 def test_more_ranks_than_episodes_in_a_step_are_refused() -> None:
     with pytest.raises(ValueError, match="episodes_per_step = 2 cannot be shared by 3 ranks"):
         plan(Ranks(0, 3), episodes=4, episodes_per_step=2)
-    with pytest.raises(ValueError, match="leaves 1 for the last step"):
-        plan(Ranks(0, 2), episodes=5, episodes_per_step=4, backbone_batchnorm="synchronised", mode="end_to_end")
+    synchronised: dict[str, Any] = {"backbone_batchnorm": "synchronised", "mode": "end_to_end", "episodes_per_step": 4}
+    with pytest.raises(ValueError, match="makes a step of 1, fewer than 2 ranks"):
+        plan(Ranks(0, 2), episodes=5, **synchronised)
+    with pytest.raises(ValueError, match="makes a step of 3, fewer than 4 ranks"):
+        plan(Ranks(0, 4), episodes=11, published_first_step=True, **synchronised)
+    with pytest.raises(ValueError, match="makes a step of 1, fewer than 3 ranks"):
+        plan(Ranks(0, 3), episodes=12, published_first_step=True, **synchronised)
+    assert plan(Ranks(0, 3), episodes=11, published_first_step=True, **synchronised)

@@ -149,7 +149,7 @@ def tell_all_to_end(job: Job) -> None:
         os.kill(number, signal.SIGTERM)
 
 
-STRIKES: [tuple[str, Callable[[Job], None], str], ...] = (
+STRIKES: tuple[tuple[str, Callable[[Job], None], str], ...] = (
     ("the second rank is killed", kill_rank(1), "mastaf: rank 0: another rank of this job has ended"),
     ("a cluster tells every process to end", tell_all_to_end, "mastaf: rank 0: stopped by SIGTERM"),
     ("Ctrl-C", lambda job: os.killpg(job.process.pid, signal.SIGINT), "mastaf: rank 0: stopped by SIGINT"),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from pipeline.evaluation import Accuracy
 from pipeline.extract_command import extract_to_store
 from pipeline.extraction import build_spec, extract_videos, video_sources
 from pipeline.interrupts import Stopped
+from pipeline.model import ClipEncoder
+from pipeline.run_files import is_begun
 from pipeline.scoring import evaluate_run, load_run
 from pipeline.settings import SetupError
 from pipeline.setup import make_sampler
@@ -281,3 +284,90 @@ def test_signal_saves_and_exits_with_its_code(
     with process.stderr as stderr:
         assert "--resume" in stderr.read()
     assert load_checkpoint(tmp_path / "run/last.pt")["progress"]["episode"] > 0
+
+
+def test_a_lengthened_run_is_the_run_that_always_had_that_length(
+    world: World, store_path: Path, tmp_path: Path
+) -> None:
+    steps = ("training.schedule=multi_step", "training.milestones=[9,15]", "training.validate_every=6")
+    configs = {
+        count: config_of(world, "cached", store_path, *steps, f"training.episodes={count}") for count in (12, 18)
+    }
+    training.train(configs[18], tmp_path / "long", CPU)
+    training.train(configs[12], tmp_path / "grown", CPU)
+    training.train(configs[18], tmp_path / "grown", CPU, resume=True)
+    assert_same_weights(weights(tmp_path / "long"), weights(tmp_path / "grown"))
+    assert (tmp_path / "long/metrics.jsonl").read_bytes() == (tmp_path / "grown/metrics.jsonl").read_bytes()
+    assert json.loads((tmp_path / "grown/card.json").read_text())["episodes"] == 18
+    assert json.loads((tmp_path / "grown/card_after_12_episodes.json").read_text())["episodes"] == 12
+
+
+@pytest.mark.parametrize("change", ["training.schedule=cosine", "training.episodes_per_step=5"])
+def test_a_run_whose_numbers_depend_on_its_length_is_not_lengthened(
+    world: World, store_path: Path, tmp_path: Path, change: str
+) -> None:
+    short, long = (config_of(world, "cached", store_path, change, f"training.episodes={count}") for count in (12, 18))
+    training.train(short, tmp_path / "run", CPU)
+    with pytest.raises(SetupError, match=r"training\.episodes: run 12, now 18"):
+        training.train(long, tmp_path / "run", CPU, resume=True)
+
+
+def test_a_start_with_another_config_leaves_nothing_of_the_one_before(
+    world: World, store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (config_of(world, "cached", store_path, f"training.learning_rate={rate}") for rate in (0.01, 0.5))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    training.train(config_of(world, "cached", store_path, "training.episodes=0"), tmp_path / "run", CPU)
+    (tmp_path / "run/card.json").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(training_job.TrainingJob, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            training.train(second, tmp_path / "run", CPU)
+    assert not is_begun(tmp_path / "run")
+    training.train(second, tmp_path / "run", CPU)
+    with pytest.raises(SetupError, match="holds a run already"):
+        training.train(first, tmp_path / "run", CPU)
+
+
+def test_resuming_on_other_cubes_of_the_same_kind_is_refused(world: World, tmp_path: Path) -> None:
+    config = config_of(world, "cached", tmp_path / "cubes.zarr")
+    backbone = build_backbone(config.backbone, config.sampling)
+    sources = list(video_sources(world.manifest).values())
+    for name, paths in (("cubes.zarr", sources), ("other.zarr", [*sources[1:], sources[0]])):
+        # The same videos under each other's names: alike in all but the numbers.
+        renamed = [replace(source, path=other.path) for source, other in zip(sources, paths, strict=True)]
+        with open_store(tmp_path / name, spec=build_spec(config, backbone, CPU), mode="a", shard_rows=8) as store:
+            extract_videos(store, renamed, backbone, config, CPU)
+    training.train(config, tmp_path / "run", CPU)
+    training.train(config, tmp_path / "run", CPU, resume=True)
+    with pytest.raises(SetupError, match="cubes of the store are not those that the run began with"):
+        training.train(config_of(world, "cached", tmp_path / "other.zarr"), tmp_path / "run", CPU, resume=True)
+
+
+def test_a_signal_is_heard_between_the_passes_of_a_step(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of twelve clips' passes: the wish comes in its first one, and the step is not finished before saving."""
+    config = config_of(world, "end_to_end", tmp_path, "training.episodes=24", "training.episodes_per_step=12")
+    training.train(config, tmp_path / "whole", CPU)
+    passes = 0
+    encode = ClipEncoder.forward
+
+    def counted(self: ClipEncoder, *arguments: Any) -> torch.Tensor:
+        nonlocal passes
+        passes += self.training
+        if passes == 14:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return encode(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ClipEncoder, "forward", counted)
+        with pytest.raises(Stopped):
+            training.train(config, tmp_path / "cut", CPU)
+    assert passes == 14
+    assert load_checkpoint(tmp_path / "cut/last.pt")["progress"]["episode"] == 12
+    training.train(config, tmp_path / "cut", CPU, resume=True)
+    assert_same_weights(weights(tmp_path / "whole"), weights(tmp_path / "cut"))

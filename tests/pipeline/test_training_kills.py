@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from contracts.attacks_strace import EFFECTS, OPENS, points
-from contracts.attacks_training import CPU, MODES, Recipe, Trainers, empty_run, make_recipes, make_store
+from contracts.attacks_training import Trainers, empty_run, make_recipes
 from contracts.attacks_training_calls import STARTS, Start, kill_at_calls, run_traced
 from contracts.attacks_training_kills import damage_many, evaluate_both, kill_many, refuse_second, stop_many
 from contracts.equal_runs import differences
+from contracts.training_recipes import CPU, MODES, Recipe, make_store
 from contracts.world import World
 from pipeline import training, training_job
 from pipeline.checkpoint import load_checkpoint, save_checkpoint
