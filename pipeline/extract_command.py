@@ -90,7 +90,7 @@ def extract_config(
         path = from_run / "config.toml"
         if not (from_run / "backbone.pt").is_file():
             raise SetupError(
-                f"{from_run} holds no trained backbone (backbone.pt); only end-to-end runs that have ended do."
+                f"{from_run} holds no trained backbone (backbone.pt); only end-to-end and classification runs that have ended do."
             )
     elif recipe is None and backbone is None:
         raise SetupError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,12 +64,17 @@ FORMATS: list[PublishedFormat] = [
 """The published kinds, tried in this order."""
 
 
-def load_initial_weights(model: FewShotModel, path: Path) -> None:
+def load_initial_weights(model: FewShotModel, path: Path, train_classes: Sequence[str] = ()) -> None:
     """Copy a checkpoint into a model.
 
     A checkpoint of ours gives the parts that the model has: an end-to-end run's checkpoint also starts a head on the cache. Between
     classification and a few-shot head only the backbone goes over, either way. A published one (`FORMATS`) gives the head, and the
     backbone where the model has one.
+
+    Args:
+        model: changed in place.
+        path: the checkpoint.
+        train_classes: of the run that begins; a classification run over others gives its backbone only.
 
     Raises:
         CheckpointError: unreadable, of no known kind, or a part of the model is missing in it or has another shape.
@@ -80,7 +85,8 @@ def load_initial_weights(model: FewShotModel, path: Path) -> None:
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint.")
     if content.get("format") == FORMAT and "model" in content:
         is_of_classes = _is_classification(content)
-        if is_of_classes == isinstance(model, ClassifierModel):
+        has_other_classes = is_of_classes and set(content["classes"]["train"]) != set(train_classes)
+        if is_of_classes == isinstance(model, ClassifierModel) and not has_other_classes:
             _load_ours(model, content["model"], path)
         else:
             _load_backbone_of_ours(model, content["model"], path, is_of_classes)
@@ -104,7 +110,7 @@ def _load_backbone_of_ours(model: FewShotModel, state: Mapping[str, Tensor], pat
     own = {name: value for name, value in model.state_dict().items() if name.startswith("encoder.")}
     _refuse_misfit(own, state, path, "Start from a run with the same backbone.")
     model.load_state_dict({name: state[name] for name in own}, strict=False)
-    there = "classifies" if is_of_classes else "has a few-shot head"
+    there = "classifies other things" if is_of_classes else "has a few-shot head"
     say(f"{path} {there}: only its backbone is taken, the head begins anew")
 
 

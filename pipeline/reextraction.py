@@ -19,6 +19,7 @@ from configs.schema import RunConfig
 from episodes.datasets import ManifestError
 from extract.build import BackboneError, build_backbone
 from extract.decode import VideoSource
+from pipeline.ancestry import classes_behind
 from pipeline.console import progress, say
 from pipeline.extraction import ChangedInput, build_spec, extract_videos, video_sources
 from pipeline.extraction_feed import is_other_input, source_text
@@ -56,7 +57,12 @@ def make_origin(config: RunConfig, from_run: Path | None) -> dict[str, Any]:
         from_run: the run whose trained backbone it is.
     """
     resolved = with_absolute_paths(config).model_dump(mode="json", include=set(TABLES))
-    return {"config": resolved, "from_run": str(from_run.resolve()) if from_run is not None else None}
+    seen = classes_behind(from_run / "best.pt" if from_run is not None else config.backbone.weights)
+    return {
+        "config": resolved,
+        "from_run": str(from_run.resolve()) if from_run is not None else None,
+        "seen_classes": seen.to_json(),
+    }
 
 
 def rebuild_for(

@@ -18,6 +18,7 @@ from cache.store import RowKey
 from configs.load import parse_config, to_toml
 from configs.schema import RunConfig
 from episodes.build import head_config
+from pipeline.ancestry import classes_of_run
 from pipeline.checkpoint import Newest, load_checkpoint, load_newest, save_checkpoint
 from pipeline.console import say
 from pipeline.model import ClipEncoder, describe_backbone
@@ -175,6 +176,7 @@ def save_run(path: Path, place: Workplace, stepper: Stepper, progress: Progress,
         "head_options": resolved_head_options(config),
         "backbone": describe_backbone(encoder.backbone) if isinstance(encoder, ClipEncoder) else None,
         "classes": {split: list(place.manifest.classes(split)) for split in ("train", "val", "test")},
+        "inherited_classes": place.inherited.to_json(),
         "num_classes": place.num_classes,
         "split_hash": place.manifest.split_hash,
         "store_spec": place.store.spec.to_json() if place.store else None,
@@ -262,6 +264,7 @@ def set_card_aside(folder: Path, episode: int) -> None:
 def export_backbone(folder: Path) -> None:
     """Write the best checkpoint's backbone as a plain state dict, for `mastaf extract --weights` and for other tools."""
     prefix = "encoder.backbone."
-    best = load_checkpoint(folder / "best.pt")["model"]
-    state = {name.removeprefix(prefix): value for name, value in best.items() if name.startswith(prefix)}
-    save_checkpoint(folder / "backbone.pt", {"state_dict": state})
+    best = load_checkpoint(folder / "best.pt")
+    state = {name.removeprefix(prefix): value for name, value in best["model"].items() if name.startswith(prefix)}
+    seen = classes_of_run(best).to_json()
+    save_checkpoint(folder / "backbone.pt", {"state_dict": state, "seen_classes": seen})

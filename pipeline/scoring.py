@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from cache.store import SpecMismatch
 from configs.load import load_config
 from configs.schema import RunConfig
 from episodes.datasets import Manifest
+from pipeline.ancestry import SeenClasses
 from pipeline.checkpoint import load_checkpoint
 from pipeline.classify import build_scorer
 from pipeline.evaluation import Accuracy, evaluate_model
@@ -31,7 +32,7 @@ from pipeline.sources import CachedCubes, EncodedClips, LiveClips, Source
 
 @dataclass(frozen=True, slots=True)
 class LoadedRun:
-    """A trained run, ready to score or to look into."""
+    """A trained run, ready to score or to look into. A context manager: it holds a store, or processes that decode."""
 
     config: RunConfig
     manifest: Manifest
@@ -43,6 +44,21 @@ class LoadedRun:
     """Of the store, or of the store that this backbone would fill."""
     classes: Mapping[str, Sequence[str]]
     """Classes of each split when the run was trained."""
+    inherited: SeenClasses = field(default_factory=SeenClasses)
+    """Classes that the weights it started from had seen."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the store, or end the decoding processes at once; the exit of Python would wait for one that hangs."""
+        if isinstance(self.source, CachedCubes):
+            self.source.store.close()
+        elif isinstance(self.source, EncodedClips):
+            self.source.clips.close()
 
 
 def load_run(
@@ -52,7 +68,7 @@ def load_run(
     manifest_path: str | None = None,
     ranks: Ranks = ALONE,
 ) -> LoadedRun:
-    """Open a run at its best checkpoint.
+    """Open a run at its best checkpoint; whoever opens it closes it.
 
     Args:
         folder: written by `train`.
@@ -78,8 +94,14 @@ def load_run(
         source = CachedCubes(store, config.head.array, config.training.cube_cache_bytes)
         model = build_model(config, nn.Identity(), source.cube_shape, content["num_classes"], device)
         model.load_state_dict(content["model"])
-        return LoadedRun(config, manifest, model, source, store.spec.fingerprint, content["classes"])
+        return LoadedRun(
+            config, manifest, model, source, store.spec.fingerprint, content["classes"], _inherited(content)
+        )
     return _end_to_end(config, manifest, content, device, store_path, ranks)
+
+
+def _inherited(content: Mapping[str, Any]) -> SeenClasses:
+    return SeenClasses.from_json(content.get("inherited_classes"))
 
 
 def read_run(folder: Path, device: torch.device, manifest_path: str | None = None) -> tuple[RunConfig, dict[str, Any]]:
@@ -128,7 +150,7 @@ def _end_to_end(
     if store_path is None:
         clips = LiveClips.of(config, video_sources(manifest, config.data.allow_outside), device)
         source: Source = EncodedClips(clips, encoder, device, ranks)
-        return LoadedRun(config, manifest, model, source, spec.fingerprint, content["classes"])
+        return LoadedRun(config, manifest, model, source, spec.fingerprint, content["classes"], _inherited(content))
     store = open_store(store_path)
     # The store may hold half precision; everything else must be the run's own.
     dtype = store.spec.arrays[config.head.array].dtype if config.head.array in store.spec.arrays else config.store.dtype
@@ -141,7 +163,7 @@ def _end_to_end(
             "Extract them with `mastaf extract --from-run RUN --store NEW`."
         )
     source = CachedCubes(store, config.head.array, config.training.cube_cache_bytes)
-    return LoadedRun(config, manifest, model, source, store.spec.fingerprint, content["classes"])
+    return LoadedRun(config, manifest, model, source, store.spec.fingerprint, content["classes"], _inherited(content))
 
 
 def evaluate_run(
@@ -205,3 +227,9 @@ def refuse_seen_classes(run: LoadedRun, split: str) -> None:
                 f"{len(shared)} classes of split {split!r} were in the run's {other} split: {', '.join(shared[:5])}. "
                 "Their accuracy would not be one on unseen classes; use the manifest that the run was trained with."
             )
+    leaked = run.inherited.leaked_into(split, run.manifest.classes(split))
+    if leaked:
+        raise SetupError(
+            f"{len(leaked)} classes of split {split!r} were trained on, or chosen by, in a run that this one's weights come from: "
+            f"{', '.join(leaked[:5])}. Their accuracy would not be one on unseen classes; start from weights that have not seen them."
+        )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from cache.disk_store import DiskStore
 from cache.store import FeatureStore
 from configs.schema import RunConfig
 from episodes.build import HEADS, build_head
@@ -17,6 +18,7 @@ from episodes.checks import refuse_overlap
 from episodes.datasets import Manifest, read_manifest
 from episodes.sampler import EpisodeProtocol, EpisodeSampler
 from extract.build import BackboneError, build_backbone
+from pipeline.ancestry import SeenClasses, classes_behind
 from pipeline.batchnorm import batch_statistics
 from pipeline.classify import resolved_classification
 from pipeline.classify_model import build_classifier
@@ -65,6 +67,8 @@ class Workplace:
     device: torch.device
     num_classes: int
     """Outputs of the classifier over the training classes."""
+    inherited: SeenClasses = field(default_factory=SeenClasses)
+    """Classes that the weights it starts from have seen."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -163,12 +167,22 @@ def prepare(
         config = with_settings_of(store, config)
         source = CachedCubes(store, config.head.array, config.training.cube_cache_bytes)
         model = build_model(config, nn.Identity(), source.cube_shape, num_classes, device)
-        return Workplace(config, manifest, model, source, store, device, num_classes)
+        inherited = _inherited(config, store, checkpoint)
+        return Workplace(config, manifest, model, source, store, device, num_classes, inherited)
     encoder = build_encoder(config, device, checkpoint)
     live = LiveClips.of(config, video_sources(manifest, config.data.allow_outside), device)
     build = build_classifier if config.training.mode == "classify" else build_model
     model = build(config, encoder, encoder_cube_shape(config, encoder, device), num_classes, device)
-    return Workplace(config, manifest, model, live, None, device, num_classes)
+    return Workplace(config, manifest, model, live, None, device, num_classes, _inherited(config, None, checkpoint))
+
+
+def _inherited(config: RunConfig, store: FeatureStore | None, checkpoint: Mapping[str, Any] | None) -> SeenClasses:
+    if checkpoint is not None:
+        return SeenClasses.from_json(checkpoint.get("inherited_classes"))
+    started = classes_behind(config.training.initial_weights)
+    if isinstance(store, DiskStore):
+        return started | SeenClasses.from_json(store.origin.get("seen_classes"))
+    return started | classes_behind(config.backbone.weights)
 
 
 def _with_defaults_settled(config: RunConfig) -> RunConfig:
@@ -201,7 +215,7 @@ def _prepare_beside(config: RunConfig, device: torch.device, first: Workplace) -
             f"several heads in one go read one array, but head.array is {first.source.array!r} and {config.head.array!r}."
         )
     model = build_model(config, nn.Identity(), first.source.cube_shape, first.num_classes, device)
-    return replace(first, config=config, model=model)
+    return replace(first, config=config, model=model, inherited=_inherited(config, first.store, None))
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

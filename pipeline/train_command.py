@@ -14,7 +14,6 @@ from pipeline.card_reading import CardError
 from pipeline.console import progress, say
 from pipeline.ranks import Ranks, joined_ranks
 from pipeline.run_card import record_evaluation
-from pipeline.run_files import is_begun
 from pipeline.run_log import refuse_absent_loggers
 from pipeline.scoring import evaluate_run, load_run
 from pipeline.settings import SetupError
@@ -31,14 +30,17 @@ def train_recipe(
     refuse_absent_loggers(config.training.loggers)
     folder = out or Path("runs") / path.stem
     with joined_ranks(choose_device(device)) as (ranks, chosen):
-        card = _train_on(ranks, chosen, config, folder, is_begun(folder) if resume is None else resume)
+        card = _train_on(ranks, chosen, config, folder, resume)
     if ranks.is_first:
         _say_result(card, folder)
     return card
 
 
-def _train_on(ranks: Ranks, device: torch.device, config: RunConfig, folder: Path, resume: bool) -> dict[str, Any]:
+def _train_on(
+    ranks: Ranks, device: torch.device, config: RunConfig, folder: Path, resume: bool | None
+) -> dict[str, Any]:
     _warn_of_untrained_backbone(config)
+    _warn_of_one_view(config)
     what = "a classifier" if config.training.mode == "classify" else config.head.name
     with progress(f"train {what}") as on_progress:
 
@@ -62,6 +64,20 @@ def _warn_of_untrained_backbone(config: RunConfig) -> None:
         say(
             "warning: an untrained backbone with frozen BatchNorm statistics, which say nothing yet; "
             'training.backbone_batchnorm = "episode" lets them follow the clips'
+        )
+
+
+def _warn_of_one_view(config: RunConfig) -> None:
+    """Not refused: the views may be for the store that is extracted from the run."""
+    drawn = [
+        name
+        for name, is_drawn in (("crop", config.sampling.crop == "random"), ("flip", config.sampling.flip))
+        if is_drawn
+    ]
+    if config.training.mode != "cached" and config.episodes.train_views == 1 and drawn:
+        say(
+            f"warning: sampling.{' and '.join(drawn)} change nothing while training, which sees view 0 alone; "
+            "episodes.train_views = 1000000 draws a fresh view each time"
         )
 
 
@@ -124,11 +140,10 @@ def _evaluate_on(
     store_path: str | None,
     manifest: str | None,
 ) -> tuple[dict[str, Any], str]:
-    loaded = load_run(run, device, store_path, manifest, ranks)
-    split = split or loaded.config.evaluation.split
-    if split not in ("train", "val", "test"):
-        raise SetupError(f"--split {split!r} is not known; use train, val or test.")
-    with progress("evaluate") as on_progress:
+    with load_run(run, device, store_path, manifest, ranks) as loaded, progress("evaluate") as on_progress:
+        split = split or loaded.config.evaluation.split
+        if split not in ("train", "val", "test"):
+            raise SetupError(f"--split {split!r} is not known; use train, val or test.")
         result, score = evaluate_run(
             loaded, split, episodes or loaded.config.evaluation.episodes, device, on_progress, shots, queries, ranks
         )

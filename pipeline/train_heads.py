@@ -41,12 +41,10 @@ def train_heads(
     folder = out or Path("runs") / path.stem
     runs = [(config, folder / name) for name, config in configs.items()]
     new = [name for name in configs if not is_begun(folder / name)]
-    if resume is None:
-        resume = len(new) < len(configs)
     if resume and new:
         raise SetupError(
             f"--resume: {folder} has no run of {', '.join(new)} yet. Train {'it' if len(new) == 1 else 'them'} by "
-            f"--heads {','.join(new)} without --resume; the episodes are the same."
+            f"--heads {','.join(new)} without --resume (the episodes are the same), or all of them with --resume-or-start."
         )
     total = sum(config.training.episodes for config in configs.values())
     done = dict.fromkeys(configs, 0)

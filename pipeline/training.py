@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -17,6 +16,7 @@ from pipeline.augmentation import Augmentation
 from pipeline.batches import TrainingBatches
 from pipeline.checkpoint import Newest, remove_leftovers, sync_folder, write_file
 from pipeline.classify import clip_sampler
+from pipeline.console import say, shortened
 from pipeline.determinism import deterministic
 from pipeline.initial_weights import load_initial_weights
 from pipeline.interrupts import Stopped, StopRequest
@@ -31,6 +31,7 @@ from pipeline.run_files import (
     Progress,
     digest_cubes,
     export_backbone,
+    is_begun,
     load_for_resume,
     note_resumption,
     refuse_other_config,
@@ -43,6 +44,7 @@ from pipeline.run_lock import locked
 from pipeline.run_log import RunLog
 from pipeline.settings import SetupError
 from pipeline.setup import Workplace, global_index, make_sampler, prepare
+from pipeline.source_checks import check_sources, write_bad_videos
 from pipeline.sources import LiveClips, SourceError
 from pipeline.step_plan import StepPlan
 from pipeline.training_job import TrainingJob
@@ -54,7 +56,7 @@ def train(
     config: RunConfig,
     folder: Path,
     device: torch.device,
-    resume: bool = False,
+    resume: bool | None = False,
     report: Callable[[Mapping[str, Any]], None] = lambda record: None,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def train(
         config: resolved config.
         folder: gets config.toml, metrics.jsonl and the other logs, best.pt, last.pt, the card, and backbone.pt where one learns.
         device: where the model runs.
-        resume: go on from the folder's newest good checkpoint.
+        resume: go on from the folder's newest good checkpoint; None: where there is one, else begin.
         report: called with every line that goes to metrics.jsonl.
         ranks: of this job; the first writes.
 
@@ -82,7 +84,7 @@ def train(
 def train_together(
     runs: Sequence[tuple[RunConfig, Path]],
     device: torch.device,
-    resume: bool = False,
+    resume: bool | None = False,
     report: Report = lambda folder, record: None,
     ranks: Ranks = ALONE,
 ) -> list[dict[str, Any]]:
@@ -91,7 +93,7 @@ def train_together(
     Args:
         runs: resolved config and folder of each; configs may differ in ``[head]`` and `OWN_TRAINING`, several on the cache only.
         device: where the models are.
-        resume: go on from each folder's newest good checkpoint, each from its own position.
+        resume: go on from each folder's newest good checkpoint, each from its own position; None: where there is one, else begin.
         report: called with the folder and every line that goes to its metrics.jsonl.
         ranks: of this job.
 
@@ -112,7 +114,7 @@ def train_together(
             job = _make_job(place, folder, partial(report, folder), stop, ranks)
             if checkpoint is not None:
                 _restore(job, checkpoint)
-            _check_sources(job)
+            check_sources(job)
             if ranks.is_first:
                 if checkpoint is None:
                     held.enter_context(locked(folder))
@@ -127,15 +129,16 @@ def train_together(
 
 
 def _prepare_all(
-    runs: Sequence[tuple[RunConfig, Path]], device: torch.device, resume: bool, ranks: Ranks, held: ExitStack
+    runs: Sequence[tuple[RunConfig, Path]], device: torch.device, resume: bool | None, ranks: Ranks, held: ExitStack
 ) -> tuple[list[Workplace], list[Newest | None]]:
     places: list[Workplace] = []
     checkpoints: list[Newest | None] = []
     for config, folder in runs:
-        refuse_wrong_folder(folder, resume)
-        if resume and ranks.is_first:
+        goes_on = is_begun(folder) if resume is None else resume
+        refuse_wrong_folder(folder, goes_on)
+        if goes_on and ranks.is_first:
             held.enter_context(locked(folder))
-        checkpoint = load_for_resume(folder) if resume else None
+        checkpoint = load_for_resume(folder) if goes_on else None
         place = prepare(
             config, device, checkpoint.content if checkpoint else None, beside=places[0] if places else None
         )
@@ -146,7 +149,7 @@ def _prepare_all(
             refuse_other_config(place.config, checkpoint.content)
             refuse_other_data(checkpoint.content, place)
         elif config.training.initial_weights:
-            load_initial_weights(place.model, Path(config.training.initial_weights))
+            load_initial_weights(place.model, Path(config.training.initial_weights), place.manifest.classes("train"))
         places.append(place)
         checkpoints.append(checkpoint)
     _refuse_unequal_positions(runs, checkpoints, ranks)
@@ -198,35 +201,6 @@ def _restore(job: TrainingJob, checkpoint: Newest) -> None:
     job.progress.resumptions += 1
 
 
-def _check_sources(job: TrainingJob) -> None:
-    """Refuse, before any work, what an episode would stumble over."""
-    config, manifest, source = job.place.config, job.place.manifest, job.place.source
-    train_ids = [video.video_id for video in manifest.videos_of("train")]
-    source.check(train_ids, range(config.episodes.train_views))
-    scored_ids = [video_id for sampler in (job.validation, job.test) if sampler for video_id in sampler.video_ids]
-    if config.training.mode == "classify":
-        scored_ids += clip_sampler(config, manifest).held_out_ids
-    if scored_ids:
-        source.check(scored_ids, [0])
-    if isinstance(source, LiveClips):
-        # A file that does not decode should show now, not at the first validation.
-        wanted = list(dict.fromkeys([*(train_ids if config.training.check_videos else []), *scored_ids]))
-        with suppress(SourceError):
-            source.try_all(job.ranks.slice_of(wanted), job.leave_before_training)
-        for failed in job.ranks.gather(source.failed):
-            source.failed |= cast(dict[str, str], failed)
-        _write_bad_videos(job)
-        source.refuse_failed(wanted)
-
-
-def _write_bad_videos(job: TrainingJob) -> None:
-    """List every video that could not be decoded, and why; the rank that met them may be any, so each writes what it knows."""
-    source = job.place.source
-    if isinstance(source, LiveClips) and source.failed:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        write_file(job.folder / "bad_videos.json", (json.dumps(source.failed, indent=2) + "\n").encode())
-
-
 def _begin(job: TrainingJob, checkpoint: Newest | None, held: ExitStack) -> None:
     """Make the folder this run's: on the first rank."""
     folder, training = job.folder, job.training
@@ -245,6 +219,7 @@ def _begin(job: TrainingJob, checkpoint: Newest | None, held: ExitStack) -> None
         ):
             (folder / name).unlink(missing_ok=True)  # of a run that never finished its first step
         sync_folder(folder)
+        _warn_of_seen_classes(job.place)
     else:
         note_resumption(checkpoint)
         if job.progress.episode < training.episodes:
@@ -258,6 +233,19 @@ def _begin(job: TrainingJob, checkpoint: Newest | None, held: ExitStack) -> None
         job.save("last.pt")
     else:
         job.log.resume_at(job.progress.episode, job.progress.validated_episode)
+
+
+def _warn_of_seen_classes(place: Workplace) -> None:
+    for split, effect in (
+        ("val", "its accuracy will choose among weights that know them"),
+        ("test", "it cannot be scored"),
+    ):
+        leaked = place.inherited.leaked_into(split, place.manifest.classes(split))
+        if leaked:
+            say(
+                f"warning: {len(leaked)} classes of split {split!r} were used by a run that the weights come from "
+                f"({shortened(leaked)}): {effect}"
+            )
 
 
 def _run(jobs: Sequence[TrainingJob], stop: StopRequest, ranks: Ranks) -> None:
@@ -302,7 +290,7 @@ def _run(jobs: Sequence[TrainingJob], stop: StopRequest, ranks: Ranks) -> None:
         raise
     except SourceError:
         _save_unfinished(jobs)
-        _write_bad_videos(jobs[0])
+        write_bad_videos(jobs[0])
         raise
     except (Stopped, RankLost):
         # Stopped within the validation of one head, or a step that is not begun: all of them stand between two steps.

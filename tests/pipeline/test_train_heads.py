@@ -209,3 +209,19 @@ def test_what_cannot_train_together_is_refused(
 def test_an_option_that_the_head_does_not_have_is_refused_by_name(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="head 'self' has no option 'taau'"):
         train_heads(str(recipe), "mastaf,self", tmp_path, False, "cpu", ("heads.self.taau=1",))
+
+
+def test_heads_of_which_some_were_begun_all_come_to_the_end(recipe: Path, tmp_path: Path) -> None:
+    """As after a kill between the first checkpoints of two heads."""
+    configs = together(recipe, tmp_path / "whole")
+    runs = [(config, tmp_path / "cut" / name) for name, config in configs.items()]
+
+    def stop(_: Path, line: Mapping[str, Any]) -> None:
+        if line["kind"] == "step":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        train_together(runs[:1], CPU, report=stop)
+    train_together(runs, CPU, resume=None)
+    for name in configs:
+        assert_same_runs(tmp_path / "whole" / name, tmp_path / "cut" / name)
