@@ -505,13 +505,13 @@ def reproduce(card: Path, as_json: bool, **options: Any) -> None:
     """Run every evaluation of CARD (a run's folder, or its card.json) again; exit 0 when all is identical, 1 when not."""
     from pipeline.reproduce_command import reproduce as run
 
-    report, text, is_identical = run(card, **options)
+    result = run(card, **options)
     if os.environ.get("RANK", "0") == "0":  # of several ranks, the first speaks
         if as_json:
-            _print_json(report)
+            _print_json(result.to_json())
         else:
-            click.echo(text)
-    sys.exit(0 if is_identical else 1)
+            click.echo(result.to_text())
+    sys.exit(0 if result.is_identical else 1)
 
 
 @mastaf.group()

@@ -94,9 +94,10 @@ class TrainingConfig(BaseModel):
     """Processes that decode clips ahead of the step; None: one less than the cores, at most 16. 0 decodes in this process."""
     batches_ahead: int = Field(default=4, ge=1, le=256)
     """Forward passes whose inputs are made ahead of the step. Changes no result."""
-    check_videos: bool = False
-    """Decode every training video once before the first step, so that all bad ones are named together, not one by one during the run;
-    validation and test videos are always tried. Changes no result."""
+    check_videos: bool | None = None
+    """Decode every training video once before the first step, so that all bad ones are named together, not one by one during the run,
+    and every test video, whose faults are only told. None: where a run that decodes begins, not where it is resumed. Videos that a run
+    is scored on while it trains are always tried. Changes no result."""
     clip_cache_bytes: int = Field(default=1 << 30, ge=0)
     """Memory for decoded clips, end to end; a (video, view) that is in there is not decoded again."""
     cube_cache_bytes: int = Field(default=8 << 30, ge=0)
@@ -203,21 +204,30 @@ class TrainingConfig(BaseModel):
 
 
 class AugmentationConfig(BaseModel):
-    """What becomes of the pixels of training clips, beside the views' crop, flip and jitter. Drawn per (seed, video, view): the same
-    for any number of workers and ranks. Everything is off by default, as published."""
+    """What becomes of the pixels of training clips, beside the views' crop, flip and jitter. Drawn per (seed, video, view, episode): the
+    same for any number of workers and ranks. Everything is off by default, as published."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     color_jitter: float = Field(default=0.0, ge=0, le=1)
-    """Strength of brightness, contrast and saturation; hue moves by a quarter of it (at most 0.5). The same for all frames of a clip."""
+    """Strength of brightness, contrast and saturation; hue moves by a quarter of it. The same for all frames of a clip."""
     rand_augment: int = Field(default=0, ge=0, le=8)
     """Operations of torchvision's RandAugment per clip; 0: none."""
     rand_augment_magnitude: int = Field(default=9, ge=0, le=30)
     """Of these operations."""
     crop_scale: tuple[float, float] | None = None
-    """Smallest and largest share of the clip's area that torchvision's RandomResizedCrop keeps."""
+    """Smallest and largest share of the clip's area that torchvision's RandomResizedCrop keeps, above 0 and at most 1."""
     erasing_probability: float = Field(default=0.0, ge=0, le=1)
     """Of torchvision's RandomErasing."""
+
+    @model_validator(mode="after")
+    def _refuse_impossible_crops(self) -> AugmentationConfig:
+        if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(
+                f"augmentation.crop_scale = {list(self.crop_scale)} is no range of shares of the area; the smallest comes first, above 0, "
+                "and the largest is at most 1: [0.5, 1.0], say."
+            )
+        return self
 
 
 class ClassifyConfig(BaseModel):

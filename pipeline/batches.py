@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -12,11 +12,15 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from episodes.batch import EpisodeBatch
 from episodes.sampler import Episode, draw_noise_seed, draw_views
-from pipeline.sources import Source, assemble
+from pipeline.live_clips import awaited
+from pipeline.sources import Augment, Source, assemble
+
+
+class _GivenUp(Exception):
+    """Nobody waits for the batch any more."""
 
 
 class Sampler(Protocol):
@@ -40,8 +44,8 @@ class TrainingBatches:
     """Training class name -> global label."""
     train_views: int
     """Each video's view is drawn from 0 .. train_views - 1."""
-    augment: Callable[[Tensor, Sequence[tuple[str, int]]], Tensor] | None = None
-    """What becomes of the clips, given the (video, view) of each (`pipeline.augmentation`)."""
+    augment: Augment | None = None
+    """What becomes of the clips (`pipeline.augmentation`)."""
     device: torch.device | None = None
     """Where inputs go as soon as they are there; None: they stay where they are read."""
     num_ahead: int = 1
@@ -79,8 +83,18 @@ class TrainingBatches:
         return {**asdict(episode), "views": views}
 
     @contextmanager
-    def ahead(self, wanted: Iterator[range]) -> Iterator[Callable[[], EpisodeBatch]]:
-        """Make batches in the background; yields a function that gives the next one, in the order of `wanted`."""
+    def ahead(
+        self, wanted: Iterator[range], gives_up: Callable[[], bool] = lambda: False
+    ) -> Iterator[Callable[[], EpisodeBatch | None]]:
+        """Make batches in the background.
+
+        Args:
+            wanted: the episodes of each batch.
+            gives_up: asked now and then while a batch lets wait for itself: whether to go without it.
+
+        Yields:
+            A function that gives the next batch in the order of `wanted`, or None for giving up.
+        """
         making: deque[Future[EpisodeBatch]] = deque()
         pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="batches")
 
@@ -89,8 +103,15 @@ class TrainingBatches:
             if indices is not None:
                 making.append(pool.submit(self.make, indices))
 
-        def next_batch() -> EpisodeBatch:
-            batch = making.popleft().result()
+        def leave_if_wanted() -> None:
+            if gives_up():
+                raise _GivenUp
+
+        def next_batch() -> EpisodeBatch | None:
+            try:
+                batch = awaited(making.popleft(), leave_if_wanted)
+            except _GivenUp:
+                return None
             begin_another()
             return batch
 

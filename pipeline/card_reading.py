@@ -14,6 +14,9 @@ SAME_EPISODES = ("split", "protocol", "n_way", "k_shot", "n_query", "episodes", 
 KEY = (*SAME_EPISODES, "store_fingerprint")
 """A new evaluation takes the place of one that agrees in all of these."""
 
+HELD_OUT = "held-out videos"
+"""What the checkpoint of a classification run without validation classes is selected on."""
+
 
 class CardError(ValueError):
     """A run card cannot be used; the message says why and what to do."""
@@ -44,9 +47,9 @@ class RecordedEvaluation(BaseModel):
     """Within the run's folder, where it was kept."""
     best_weights_sha256: str | None
     store: str | None = None
-    """As given with `--store`."""
+    """Given with `--store`; relative to the run's folder, or absolute."""
     manifest: str | None = None
-    """As given with `--manifest`."""
+    """Given with `--manifest`; likewise."""
 
 
 class _Card(BaseModel):
@@ -116,6 +119,24 @@ def own_test_accuracy(card: Mapping[str, Any]) -> dict[str, Any]:
         "test_interval95": best["interval95"],
         "test_episodes": best["episodes"],
     }
+
+
+def selected_on(is_by_validation: bool, has_held_out: bool) -> str:
+    """What chose the best checkpoint."""
+    if is_by_validation:
+        return "val"
+    return HELD_OUT if has_held_out else "nothing (no validation split: last checkpoint)"
+
+
+def held_out_scores(metrics: Path, best_episode: int) -> dict[str, Any]:
+    """What the best checkpoint of a classification run scored on the videos kept out of its training."""
+    found: dict[str, Any] = {}
+    if metrics.is_file():
+        for line in metrics.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if record["kind"] == "validation" and record["episode"] == best_episode:
+                found = {key: value for key, value in record.items() if key.startswith("heldout_")}
+    return found
 
 
 def _is_own_test(evaluation: Mapping[str, Any], card: Mapping[str, Any]) -> bool:

@@ -53,20 +53,28 @@ def save_checkpoint(path: Path, content: dict[str, Any], keep: Path | None = Non
         torch.save({**content, "digest": content_digest(content)}, file)
         file.flush()
         os.fsync(file.fileno())
-    if keep is not None and path.exists():
-        second = keep.with_name(f".{keep.name}.{os.getpid()}.partial")
-        second.unlink(missing_ok=True)
-        try:
-            os.link(path, second)
-        except OSError:
-            # A file system without hard links: for a moment the kept one is all there is.
-            path.replace(keep)
-        else:
-            second.replace(keep)
-            # Where a kill had left `path` and `keep` as two names of one file, this third one is still there.
-            second.unlink(missing_ok=True)
-    aside.replace(path)
+    if keep is None or not path.exists():
+        aside.replace(path)
+    else:
+        _replace_and_keep(aside, path, keep)
     sync_folder(path.parent)
+
+
+def _replace_and_keep(aside: Path, path: Path, keep: Path) -> None:
+    """Rename `aside` to `path` and `path` to `keep`; at no instant is there less than the two files that were there before."""
+    former = keep.with_name(f".{keep.name}.{os.getpid()}.partial")
+    former.unlink(missing_ok=True)
+    try:
+        os.link(path, former)
+    except OSError:
+        # A file system without hard links: for a moment the kept one is all there is.
+        path.replace(keep)
+        aside.replace(path)
+        return
+    aside.replace(path)
+    former.replace(keep)
+    # Where `path` and `keep` were two names of one file, the rename has done nothing.
+    former.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

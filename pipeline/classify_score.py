@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -30,8 +31,10 @@ CLIPS_AT_A_TIME = 64
 class ScoringClips(Protocol):
     """Gives several clips of a video, each cropped once or three times (`pipeline.sources.LiveClips`)."""
 
-    def read_scoring(self, video_ids: Sequence[str], num_clips: int, num_crops: Literal[1, 3]) -> Tensor:
-        """Clips (V, K, F, H, W, 3) uint8, K = num_clips x num_crops."""
+    def read_scoring(
+        self, video_ids: Sequence[str], num_clips: int, num_crops: Literal[1, 3], while_waiting: Callable[[], None]
+    ) -> Tensor:
+        """Clips (V, K, F, H, W, 3) uint8, K = num_clips x num_crops; `while_waiting` may raise to leave."""
         ...
 
 
@@ -96,7 +99,7 @@ def score_videos(
         sampler: says which videos are held out; at least one.
         config: how many clips and crops.
         device: where the model runs.
-        on_progress: called with (videos done, videos in all).
+        on_progress: called with (videos done, videos in all), also while they are waited for; may raise to leave.
         ranks: each scores its share of the videos; all get the same answer.
     """
     num_videos = len(sampler.held_out_ids)
@@ -105,15 +108,16 @@ def score_videos(
     parts = ranks.slice_of([range(start, min(start + size, num_videos)) for start in range(0, num_videos, size)])
     places = []
     with evaluating([model]), torch.no_grad():
-        for number, part in enumerate(parts, start=1):
+        for number, part in enumerate(parts):
             ids = [sampler.held_out_ids[index] for index in part]
+            look = partial(on_progress, num_videos * number // len(parts), num_videos)
             probabilities = mean_probabilities(
-                model, clips.read_scoring(ids, config.num_clips, config.num_crops), device
+                model, clips.read_scoring(ids, config.num_clips, config.num_crops, look), device
             )
             places.append(
                 place_of_label(probabilities, torch.tensor([sampler.held_out_labels[index] for index in part]))
             )
-            on_progress(num_videos * number // len(parts), num_videos)
+            on_progress(num_videos * (number + 1) // len(parts), num_videos)
     own = torch.cat(places) if places else torch.zeros(0, dtype=torch.int64)
     place = ranks.gather_rows(own).numpy()
     top1, interval95 = mean_and_interval((place == 0).astype(float))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ def compare_folders(
     manifest: str | None = None,
     out: Path | None = None,
     device: str = "auto",
+    on_scored: Callable[[Comparison], None] = lambda comparison: None,
 ) -> tuple[dict[str, Any], str]:
-    """Compare runs, writing files if asked to.
+    """Compare runs, writing files if asked to; `on_scored` is called before.
 
     Returns:
         The JSON-able report and the table as text.
@@ -53,6 +54,7 @@ def compare_folders(
             f"{shortened([f'{name} ({reason})' for name, reason in sorted(left_out.items())])}; split hash "
             f"{comparison.episodes.whole_split_hash[:12]} -> {comparison.episodes.manifest.split_hash[:12]}"
         )
+    on_scored(comparison)
     rows, recipes = run_rows(comparison), recipe_rows(comparison)
     report = to_json(comparison, rows, recipes)
     if out is not None:

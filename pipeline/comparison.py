@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,16 +157,12 @@ def _names(folders: Sequence[Path]) -> dict[str, Path]:
 
 @contextmanager
 def _loaded(folders: Mapping[str, Path], asked: Asked, device: torch.device) -> Iterator[dict[str, LoadedRun]]:
-    """The runs by name; their stores are closed in the end."""
-    runs: dict[str, LoadedRun] = {}
-    try:
-        for name, folder in folders.items():
-            runs[name] = load_run(folder, device, asked.store_path, asked.manifest_path)
-        yield runs
-    finally:
-        for run in runs.values():
-            if isinstance(run.source, CachedCubes):
-                run.source.store.close()
+    """The runs by name; they are closed in the end."""
+    with ExitStack() as held:
+        yield {
+            name: held.enter_context(load_run(folder, device, asked.store_path, asked.manifest_path))
+            for name, folder in folders.items()
+        }
 
 
 def _groups(runs: Mapping[str, LoadedRun], asked: Asked) -> list[list[str]]:

@@ -42,7 +42,7 @@ def progress(description: str) -> Iterator[Callable[[int, int], None]]:
         with _bar(description) as update:
             yield update
     else:
-        yield _lines(description)
+        yield progress_lines(description)
 
 
 @contextmanager
@@ -80,7 +80,8 @@ class _Meter:
         return (done - self._first[1]) / max(now - self._first[0], 1e-9)
 
 
-def _lines(description: str) -> Callable[[int, int], None]:
+def progress_lines(description: str) -> Callable[[int, int], None]:
+    """As `progress`, in lines every ten seconds and at the end, which may appear above another job's bar."""
     last = time.monotonic()
     meter = _Meter()
 

@@ -194,13 +194,13 @@ ROWS = (
 def _evaluate(demo: _Demo) -> list[dict[str, Any]]:
     results = []
     for title, name, store in ROWS:
-        run = load_run(demo.run(name), demo.device, str(demo.store(store)) if store else None)
-        for k_shot in SHOTS:
-            result, score = evaluate_run(
-                run, "test", demo.size.test_episodes, demo.device, k_shot=k_shot, n_query=NUM_QUERIES
-            )
-            say(f"    {title}, 5-way {k_shot}-shot: {score}")
-            results.append({"title": title, **result, "per_episode": score.per_episode})
+        with load_run(demo.run(name), demo.device, str(demo.store(store)) if store else None) as run:
+            for k_shot in SHOTS:
+                result, score = evaluate_run(
+                    run, "test", demo.size.test_episodes, demo.device, k_shot=k_shot, n_query=NUM_QUERIES
+                )
+                say(f"    {title}, 5-way {k_shot}-shot: {score}")
+                results.append({"title": title, **result, "per_episode": score.per_episode})
     return results
 
 

@@ -55,17 +55,16 @@ def draw_attention(run_folder: Path, path: Path, device: torch.device, sampling:
 
     The first such queries of the test episodes are shown, not chosen ones.
     """
-    run = load_run(run_folder, device)
-    manifest = run.manifest
-    sampler = make_sampler(run.config, manifest, "test")
-    run.source.check(sampler.video_ids, [0])
     rows: list[AttentionRow] = []
-    for is_right in (True, False):
-        for number in range(SEARCHED_EPISODES):
-            found = _rows_of(run, sampler.episode(number), is_right, manifest, device, sampling)
-            if found:
-                rows += found
-                break
+    with load_run(run_folder, device) as run:
+        sampler = make_sampler(run.config, run.manifest, "test")
+        run.source.check(sampler.video_ids, [0])
+        for is_right in (True, False):
+            for number in range(SEARCHED_EPISODES):
+                found = _rows_of(run, sampler.episode(number), is_right, run.manifest, device, sampling)
+                if found:
+                    rows += found
+                    break
     attention_over_frames(
         rows, path, title="Where MASTAF looks: cross attention, first right and first wrong query of the test"
     )

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from threading import RLock
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
@@ -31,9 +31,30 @@ Clip = NDArray[np.uint8]
 BAD_VIDEO = (VideoError, VideoTooShortError)
 
 WAY_OUT = (
-    "An episode never avoids a video silently: repair it, or write a manifest without it by `mastaf extract` followed by "
-    "`mastaf dataset exclude MANIFEST --from-store STORE --out NEW.csv`."
+    "An episode never avoids a video silently. Repair the file: a run that has begun goes on with --resume. Or write a manifest "
+    "without it by `mastaf extract` followed by `mastaf dataset exclude MANIFEST --from-store STORE --out NEW.csv`: other videos are "
+    "other episodes, so that is for a new run (another --out, from this one's weights with training.initial_weights)."
 )
+
+LOOK_SECONDS = 0.2
+"""Between two looks at whether to go on waiting for what a decoding process may never answer."""
+
+Result = TypeVar("Result")
+
+
+def nothing() -> None:
+    """What is done while waiting where nobody asks for more."""
+
+
+def awaited(future: Future[Result], while_waiting: Callable[[], None] = nothing) -> Result:
+    """The result of a future; `while_waiting` is called every `LOOK_SECONDS` until it is there, and may raise to leave."""
+    while True:
+        try:
+            return future.result(LOOK_SECONDS)
+        except TimeoutError:
+            if future.done():  # in this moment, or with such an error of its own
+                return future.result()
+        while_waiting()
 
 
 class SourceError(ValueError):
@@ -47,8 +68,8 @@ class _Underway:
     views: tuple[View, ...]
     future: Future[ViewClips]
 
-    def clip(self, view: View) -> Clip:
-        clip: Clip = self.future.result().clips[self.views.index(view)]
+    def clip(self, view: View, while_waiting: Callable[[], None]) -> Clip:
+        clip: Clip = awaited(self.future, while_waiting).clips[self.views.index(view)]
         return clip
 
 
@@ -135,7 +156,7 @@ class LiveClips:
 
         Args:
             video_ids: each once.
-            on_progress: called with (videos done, videos in all).
+            on_progress: called with (videos done, videos in all), also while a video lets wait for itself; may raise to leave.
 
         Raises:
             SourceError: counts the videos that cannot be decoded and names the first of them.
@@ -143,14 +164,15 @@ class LiveClips:
         upcoming = iter(video_ids)
         waiting: deque[tuple[str, Future[ViewClips]]] = deque()
         try:
-            for done in range(1, len(video_ids) + 1):
+            for done in range(len(video_ids)):
                 while len(waiting) < 4 * self._decoder.num_at_once:
                     video_id = next(upcoming, None)
                     if video_id is None:
                         break
                     waiting.append((video_id, self._decoder.submit(self.videos[video_id], [0])))
-                self._note(*waiting.popleft())
-                on_progress(done, len(video_ids))
+                video_id, future = waiting.popleft()
+                self._note(video_id, future, partial(on_progress, done, len(video_ids)))
+                on_progress(done + 1, len(video_ids))
         finally:
             for _, future in waiting:
                 future.cancel()
@@ -170,24 +192,39 @@ class LiveClips:
         """
         return self.begin_read(video_ids, views)()
 
-    def read_scoring(self, video_ids: Sequence[str], num_clips: int, num_crops: int) -> Tensor:
+    def read_scoring(
+        self,
+        video_ids: Sequence[str],
+        num_clips: int,
+        num_crops: int,
+        while_waiting: Callable[[], None] = nothing,
+    ) -> Tensor:
         """The clips of `extract.clips.scoring_views`, all crops of a clip side by side: (V, K, F, H, W, 3) uint8.
 
         Args:
             video_ids: V videos.
             num_clips: spread over each video.
             num_crops: of each clip; K = num_clips * num_crops.
+            while_waiting: as `begin_read`.
 
         Raises:
             SourceError: as `read`.
         """
         views = scoring_views(num_clips, num_crops)
         ids = [video_id for video_id in video_ids for _ in views]
-        clips = self.read(ids, [*views] * len(video_ids))
+        clips = self.begin_read(ids, [*views] * len(video_ids), while_waiting)()
         return clips.reshape(len(video_ids), len(views), *clips.shape[1:])
 
-    def begin_read(self, video_ids: Sequence[str], views: Sequence[View]) -> Callable[[], Tensor]:
-        """Have clips decoded, and return at once: what is returned waits for them and gives what `read` gives."""
+    def begin_read(
+        self, video_ids: Sequence[str], views: Sequence[View], while_waiting: Callable[[], None] = nothing
+    ) -> Callable[[], Tensor]:
+        """Have clips decoded, and return at once: what is returned waits for them and gives what `read` gives.
+
+        Args:
+            video_ids: of the clips.
+            views: of each.
+            while_waiting: called every `LOOK_SECONDS` of the wait; may raise to leave.
+        """
         rows = list(zip(video_ids, views, strict=True))
         held: dict[Row, Clip] = {}
         underway: dict[Row, _Underway] = {}
@@ -206,17 +243,24 @@ class LiveClips:
                 new = {(video_id, view): task for view in missing}
                 self._underway |= new
                 underway |= new
-                task.future.add_done_callback(partial(self._finish, video_id, task))
-        return partial(self._gather, rows, held, underway)
+                # The future keeps this for ever: with the task in it they would hold each other, and the clips, until Python looks for such.
+                task.future.add_done_callback(partial(self._finish, video_id, task.views))
+        return partial(self._gather, rows, held, underway, while_waiting)
 
-    def _gather(self, rows: list[Row], held: dict[Row, Clip], underway: dict[Row, _Underway]) -> Tensor:
+    def _gather(
+        self,
+        rows: list[Row],
+        held: dict[Row, Clip],
+        underway: dict[Row, _Underway],
+        while_waiting: Callable[[], None],
+    ) -> Tensor:
         side = self.sampling.crop_size
         shape = (len(rows), self.sampling.num_frames, side, side, 3)
         clips = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory)
         places = clips.numpy()
         for index, row in enumerate(rows):
             try:
-                places[index] = held[row] if row in held else underway[row].clip(row[1])
+                places[index] = held[row] if row in held else underway[row].clip(row[1], while_waiting)
             except VideoTooShortError as error:
                 raise SourceError(f"{error}.") from error
             except VideoError as error:
@@ -224,22 +268,24 @@ class LiveClips:
                 raise SourceError(f"video {row[0]} cannot be used{again}: {error}. {WAY_OUT}") from error
         return clips
 
-    def _finish(self, video_id: str, task: _Underway, future: Future[ViewClips]) -> None:
+    def _finish(self, video_id: str, views: tuple[View, ...], future: Future[ViewClips]) -> None:
         """Called by whoever has decoded the video."""
         with self._lock:
-            for view in task.views:
+            for view in views:
                 self._underway.pop((video_id, view), None)
             if future.cancelled() or not isinstance(future.exception(), (*BAD_VIDEO, type(None))):
                 return  # closed, or no process can be had: whoever waits for the video hears of it
             found = self._note(video_id, future)
-            for view, clip in zip(task.views, () if found is None else found.clips, strict=False):
+            for view, clip in zip(views, () if found is None else found.clips, strict=False):
                 # A part of an array would keep all of it in memory.
-                self._keep((video_id, view), clip if len(task.views) == 1 else clip.copy())
+                self._keep((video_id, view), clip if len(views) == 1 else clip.copy())
 
-    def _note(self, video_id: str, future: Future[ViewClips]) -> ViewClips | None:
+    def _note(
+        self, video_id: str, future: Future[ViewClips], while_waiting: Callable[[], None] = nothing
+    ) -> ViewClips | None:
         """Wait for a video and write down what is wrong with it; None where it cannot be decoded."""
         try:
-            found = future.result()
+            found = awaited(future, while_waiting)
         except BAD_VIDEO as error:
             self.failed[video_id] = str(error)
             return None

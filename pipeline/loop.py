@@ -46,7 +46,10 @@ def run_loop(
     with ExitStack() as held:
         for student in students:
             held.enter_context(student.statistics)
-        next_batch = held.enter_context(batches.ahead(part.episodes for part in plan.parts()))
+        # A video may never be decoded; ranks, which leave together, wait for it.
+        next_batch = held.enter_context(
+            batches.ahead((part.episodes for part in plan.parts()), lambda: _is_over(stop, ranks))
+        )
         began = time.monotonic()
         for step in plan.steps():
             if _is_over(stop, ranks):
@@ -57,7 +60,10 @@ def run_loop(
                 student.begin()
             for part in plan.parts_of(step):
                 asked = time.monotonic()
-                batch = next_batch().to(device, non_blocking=True)
+                made = next_batch()
+                if made is None:
+                    break  # over
+                batch = made.to(device, non_blocking=True)
                 waiting += time.monotonic() - asked
                 clips += batch.num_videos if part.is_counted else 0
                 for student in active:

@@ -59,15 +59,15 @@ def draw_run_maps(
     if out is not None:
         check_output_folder(out)
     chosen_device = choose_device(device)
-    loaded = load_run(run, chosen_device, store_path, manifest)
-    split = split or loaded.config.evaluation.split
-    folder = out or run / "maps" / f"{split}_{episode}"
-    if out is None:
-        check_output_folder(folder)
-    sampler = make_sampler(loaded.config, loaded.manifest, split)
-    drawn = sampler.episode(episode)
-    queries = _queries_to_draw(drawn, query)
-    output = _score(loaded, drawn, sampler, chosen_device)
+    with load_run(run, chosen_device, store_path, manifest) as loaded:
+        split = split or loaded.config.evaluation.split
+        folder = out or run / "maps" / f"{split}_{episode}"
+        if out is None:
+            check_output_folder(folder)
+        sampler = make_sampler(loaded.config, loaded.manifest, split)
+        drawn = sampler.episode(episode)
+        queries = _queries_to_draw(drawn, query)
+        output = _score(loaded, drawn, sampler, chosen_device)
     if not output.maps:
         raise SetupError(
             f"head {loaded.config.head.name!r} of {run} gives no maps: it has nothing to show. "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,15 +9,15 @@ from typing import Any
 
 import torch
 
-from pipeline.card_reading import CardError, RecordedEvaluation, own_test_accuracy, read_card
-from pipeline.checkpoint import content_digest, load_checkpoint
+from pipeline.card_checks import contradictions, refuse_unknown_tables
+from pipeline.card_reading import CardError, RecordedEvaluation, read_card
 from pipeline.console import progress
 from pipeline.evaluation import Accuracy
+from pipeline.held_out_again import num_parameters_of, score_again
 from pipeline.outcomes import bits_digest, parting, read_outcomes
 from pipeline.provenance import code_version, hardware, library_versions
 from pipeline.ranks import Ranks, joined_ranks
-from pipeline.run_files import CHANGEABLE
-from pipeline.run_page import percent, protocol_words, to_markdown
+from pipeline.run_page import percent, protocol_words
 from pipeline.scoring import LoadedRun, evaluate_run, load_run
 from pipeline.setup import choose_device
 from pipeline.sources import CachedCubes
@@ -64,9 +63,11 @@ class Change:
 class Reproduction:
     """What became of a card."""
 
+    card: Path
+    """Of the card.json."""
     evaluations: tuple[Again, ...]
     contradictions: tuple[str, ...]
-    """What the card says against itself, against the run's config or against its checkpoint; one sentence each."""
+    """What the card says against itself, against the run's config, logs or checkpoints; one sentence each."""
     changes: tuple[Change, ...]
     """Versions and machines that differ; they explain a difference, and are none."""
 
@@ -75,6 +76,27 @@ class Reproduction:
         """Whether everything that the card says of accuracies is so."""
         return not self.contradictions and all(each.is_identical for each in self.evaluations)
 
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "card": str(self.card),
+            "identical": self.is_identical,
+            "evaluations": [asdict(each) for each in self.evaluations],
+            "contradictions": list(self.contradictions),
+            "changes": [asdict(each) for each in self.changes],
+        }
+
+    def to_text(self) -> str:
+        """For people: a line for each evaluation, contradiction and change, and the verdict."""
+        lines = []
+        for each in self.evaluations:
+            verdict = "identical" if each.is_identical else "DIFFERS"
+            lines.append(f"{verdict:<9}  {each.name}: card {each.recorded}, now {each.found}; {each.explanation}")
+        lines += [f"WRONG      {each}" for each in self.contradictions]
+        lines += [f"changed    {each.what}: card {each.card}, now {each.now}" for each in self.changes]
+        lines.append(f"{self.card}: {'identical' if self.is_identical else 'not identical'}")
+        return "\n".join(lines)
+
 
 def reproduce(
     path: Path,
@@ -82,7 +104,7 @@ def reproduce(
     store_path: str | None = None,
     manifest: str | None = None,
     split: str | None = None,
-) -> tuple[dict[str, Any], str, bool]:
+) -> Reproduction:
     """Run the evaluations of a card again.
 
     Args:
@@ -90,10 +112,7 @@ def reproduce(
         device: "auto", "cpu", "cuda" or "cuda:N".
         store_path: read the cubes there, in place of what was recorded.
         manifest: another place of the manifest.
-        split: only the evaluations on this split.
-
-    Returns:
-        The JSON-able result, the same as text, and whether all is identical.
+        split: only the evaluations on this split, and no held-out videos of a classification run.
 
     Raises:
         CardError: no card, a damaged one, or one without an evaluation to run.
@@ -101,6 +120,7 @@ def reproduce(
     """
     folder = path if path.is_dir() else path.parent
     card = read_card(path)
+    refuse_unknown_tables(card, folder / "card.json")
     recorded = _recorded(card, split, folder)
     runs: dict[_Places, LoadedRun] = {}
     with joined_ranks(choose_device(device)) as (ranks, chosen), progress("reproduce") as on_progress:
@@ -108,21 +128,30 @@ def reproduce(
         total, done = sum(entry.episodes for entry in recorded), 0
         try:
             for entry in recorded:
-                places = (store_path or entry.store, manifest or entry.manifest)
+                places = (store_path or _place(folder, entry.store), manifest or _place(folder, entry.manifest))
                 if places not in runs:
                     runs[places] = load_run(folder, chosen, *places, ranks)
                 found.append(_again(runs[places], entry, folder, chosen, _offset(on_progress, done, total), ranks))
                 done += entry.episodes
+            if not runs:
+                runs[store_path, manifest] = load_run(folder, chosen, store_path, manifest, ranks)
+            first = next(iter(runs.values()))
+            if split is None and "heldout_top1" in card:
+                found += _held_out_again(first, card, folder, chosen, ranks)
+            wrong = contradictions(folder, card, num_parameters_of(first, folder, chosen))
+            changes = _changes(card, recorded, list(runs.values()))
         finally:
             for run in runs.values():
-                if isinstance(run.source, CachedCubes):
-                    run.source.store.close()
-    result = Reproduction(
-        tuple(found),
-        tuple(_contradictions(folder, card, next(iter(runs.values())))),
-        tuple(_changes(card, recorded, list(runs.values()))),
-    )
-    return _report(result, folder), _text(result, folder), result.is_identical
+                run.close()
+    return Reproduction(folder / "card.json", tuple(found), tuple(wrong), tuple(changes))
+
+
+def _place(folder: Path, recorded: str | None) -> str | None:
+    """A recorded path from here: it is relative to the run's folder, or in earlier cards to where `evaluate` was typed."""
+    if recorded is None:
+        return None
+    path = folder / recorded
+    return str(path) if path.exists() else recorded
 
 
 def _recorded(card: Mapping[str, Any], split: str | None, folder: Path) -> list[RecordedEvaluation]:
@@ -130,6 +159,8 @@ def _recorded(card: Mapping[str, Any], split: str | None, folder: Path) -> list[
     validation = card.get("validation")
     written = [*([validation] if validation else []), *card.get("evaluations", [])]
     entries = [RecordedEvaluation.model_validate(each) for each in written]
+    if not entries and split is None and "heldout_top1" in card:
+        return []
     if not entries:
         raise CardError(
             f"{folder / 'card.json'} holds no evaluation to run again. Score the run: mastaf evaluate {folder} --split test."
@@ -204,55 +235,39 @@ def _compared(entry: RecordedEvaluation, episode_hash: str, score: Accuracy, fol
     )
 
 
-def _contradictions(folder: Path, card: Mapping[str, Any], run: LoadedRun) -> list[str]:
-    """Where the card is not that of the run in its folder, or not one with itself."""
-    said = [*_contradicting_numbers(folder, card), *_contradicting_config(card, run)]
-    digest, written = content_digest(load_checkpoint(folder / "best.pt")["model"]), card.get("best_weights_sha256")
-    if written not in (None, digest):
-        said.append(f"the weights of best.pt are {digest[:12]}, but the card is of {written[:12]}")
-    page, writers = (
-        folder / "card.md",
-        {card["code_version"], *(each["code_version"] for each in card.get("evaluations", []))},
+def _held_out_again(
+    run: LoadedRun, card: Mapping[str, Any], folder: Path, device: torch.device, ranks: Ranks
+) -> list[Again]:
+    """None where the run keeps no videos out, whatever its card says; that is a contradiction."""
+    score = score_again(run, folder, device, ranks)
+    if score is None:
+        return []
+    written = {key: value for key, value in card.items() if key.startswith("heldout_")}
+    same_videos = written.get("heldout_videos") == score.videos
+    is_same = written.keys() == score.line.keys() and all(
+        isinstance(written[key], int | float) and abs(written[key] - value) < ROUNDING_NOISE
+        for key, value in score.line.items()
     )
-    # Another version may word the page otherwise.
-    if page.is_file() and writers == {code_version()} and page.read_text(encoding="utf-8") != to_markdown(card):
-        said.append("card.md is not the page of this card.json")
-    return said
-
-
-def _contradicting_numbers(folder: Path, card: Mapping[str, Any]) -> list[str]:
-    """Numbers that the card says twice, or that metrics.jsonl says too."""
-    validation = card.get("validation") or {}
-    truth = {
-        "val_accuracy": validation.get("accuracy", card["val_accuracy"]),
-        "val_interval95": validation.get("interval95", card["val_interval95"]),
-        "test_selected_accuracy_published_protocol": _test_selected(folder / "metrics.jsonl", card),
-        **own_test_accuracy(card),
-    }
+    if is_same:
+        explanation = f"all {score.videos} videos"
+    elif same_videos:
+        explanation = "other answers, or the card's accuracy is not theirs; which is not known, since they were not kept one by one"
+    else:
+        explanation = f"these are {score.videos} videos, the card's {written.get('heldout_videos')}"
     return [
-        f"the card's {key} is {card.get(key)}, but by its own records it is {value}"
-        for key, value in truth.items()
-        if card.get(key) != value
-    ]
-
-
-def _test_selected(metrics: Path, card: Mapping[str, Any]) -> float | None:
-    """The highest test accuracy of a validation; the card's own word where the log is gone."""
-    name = "test_accuracy_not_for_selection"
-    if not metrics.is_file():
-        written: float | None = card["test_selected_accuracy_published_protocol"]
-        return written
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    return max((record[name] for record in records if name in record), default=None)
-
-
-def _contradicting_config(card: Mapping[str, Any], run: LoadedRun) -> list[str]:
-    now = run.config.model_dump(mode="json")
-    return [
-        f"the card's config has {table}.{key} = {value!r}, but config.toml has {now[table].get(key)!r}"
-        for table, values in card.get("config", now).items()
-        for key, value in values.items()
-        if now[table].get(key) != value and f"{table}.{key}" not in {*CHANGEABLE, "training.episodes"}
+        Again(
+            name="held-out videos of the training classes, classified",
+            is_identical=is_same,
+            recorded=percent(written["heldout_top1"], written.get("heldout_interval95")),
+            found=percent(score.top1, score.interval95),
+            recorded_accuracy=written["heldout_top1"],
+            found_accuracy=score.top1,
+            has_same_episodes=same_videos,
+            episodes_differing=None,
+            queries_differing=None,
+            first_differing_episode=None,
+            explanation=explanation,
+        )
     ]
 
 
@@ -261,9 +276,11 @@ def _changes(
 ) -> list[Change]:
     """What differs between the card, with its evaluations, and here."""
     here: dict[str, Any] = {"code_version": code_version(), "libraries": library_versions(), "hardware": hardware()}
+    stores = [run.source.store for run in runs if isinstance(run.source, CachedCubes)]
     hashes = {
         "split_hash": {run.manifest.split_hash for run in runs},
         "store_fingerprint": {run.store_fingerprint for run in runs},
+        "store_content_hash": {store.content_hash() for store in stores},
     }
     pairs: list[tuple[str, Any, Any]] = []
     for each in (card, *(entry.model_dump() for entry in recorded)):
@@ -272,27 +289,6 @@ def _changes(
             then, now = each.get(what, here[what]), here[what]
             pairs += [(f"{what}: {name}", then.get(name), now.get(name)) for name in sorted({*then, *now})]
         for what, found in hashes.items():
-            if each[what] not in (None, *found):
+            if found and each.get(what) not in (None, *found):
                 pairs.append((what.replace("_", " "), each[what], ", ".join(sorted(found))))
     return list(dict.fromkeys(Change(what, str(then), str(now)) for what, then, now in pairs if then != now))
-
-
-def _report(result: Reproduction, folder: Path) -> dict[str, Any]:
-    return {
-        "card": str(folder / "card.json"),
-        "identical": result.is_identical,
-        "evaluations": [asdict(each) for each in result.evaluations],
-        "contradictions": list(result.contradictions),
-        "changes": [asdict(each) for each in result.changes],
-    }
-
-
-def _text(result: Reproduction, folder: Path) -> str:
-    lines = []
-    for each in result.evaluations:
-        verdict = "identical" if each.is_identical else "DIFFERS"
-        lines.append(f"{verdict:<9}  {each.name}: card {each.recorded}, now {each.found}; {each.explanation}")
-    lines += [f"WRONG      {each}" for each in result.contradictions]
-    lines += [f"changed    {each.what}: card {each.card}, now {each.now}" for each in result.changes]
-    lines.append(f"{folder / 'card.json'}: {'identical' if result.is_identical else 'not identical'}")
-    return "\n".join(lines)

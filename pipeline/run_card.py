@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.card_reading import KEY, CardError, own_test_accuracy, read_card
+from pipeline.card_reading import KEY, CardError, held_out_scores, own_test_accuracy, read_card, selected_on
 from pipeline.checkpoint import content_digest, load_checkpoint, write_file
 from pipeline.evaluation import Accuracy
 from pipeline.outcomes import outcomes_digest, write_outcomes
@@ -60,17 +60,8 @@ def write_card(
         **_scores(folder, place, progress, is_selected),
         "validation": _validation(place, progress, best_digest) if is_selected else None,
         "evaluations": _kept_evaluations(folder, best_digest),
-        "degraded_videos": dict(sorted(place.source.degraded.items())),
-        "excluded_videos": {video.video_id: video.excluded for video in place.manifest.videos if video.excluded},
-        "started_utc": progress.started_utc,
-        "ended_utc": _now(),
-        "seconds": progress.seconds,
-        "resumptions": progress.resumptions,
-        "heads_trained_together": num_together,
-        "ranks": num_ranks,
-        "split_hash": place.manifest.split_hash,
-        "store_fingerprint": place.store.spec.fingerprint if place.store else None,
-        "store_content_hash": place.store.content_hash() if place.store else None,
+        **_course(progress, num_together, num_ranks),
+        **_data(place, progress),
         "best_weights_sha256": best_digest,
         "last_weights_sha256": _weights_digest(folder / "last.pt"),
         "num_parameters": sum(parameter.numel() for parameter in place.model.parameters()),
@@ -88,12 +79,11 @@ def write_card(
 
 def _scores(folder: Path, place: Workplace, progress: Progress, is_selected: bool) -> dict[str, Any]:
     """How far the training came, and what it scored on the way."""
-    held_out = _held_out(folder / "metrics.jsonl", progress.best_episode)
-    nothing = "nothing (no validation split: last checkpoint)"
+    held_out = held_out_scores(folder / "metrics.jsonl", progress.best_episode)
     return {
         "episodes": progress.episode,
         "best_episode": progress.best_episode,
-        "selected_on": "val" if is_selected else "held-out videos" if held_out else nothing,
+        "selected_on": selected_on(is_selected, bool(held_out)),
         "val_accuracy": progress.best_accuracy if is_selected else None,
         "val_interval95": progress.best_interval95 if is_selected else None,
         "validation_episodes": place.config.training.validation_episodes,
@@ -107,6 +97,31 @@ def _scores(folder: Path, place: Workplace, progress: Progress, is_selected: boo
     }
 
 
+def _course(progress: Progress, num_together: int, num_ranks: int) -> dict[str, Any]:
+    """When the run was made, and how smoothly."""
+    return {
+        "started_utc": progress.started_utc,
+        "ended_utc": _now(),
+        "seconds": progress.seconds,
+        "resumptions": progress.resumptions,
+        "second_tries": progress.second_tries,
+        "lost_decoding_processes": progress.lost_decoding_processes,
+        "heads_trained_together": num_together,
+        "ranks": num_ranks,
+    }
+
+
+def _data(place: Workplace, progress: Progress) -> dict[str, Any]:
+    """What it was trained on."""
+    return {
+        "degraded_videos": progress.degraded,
+        "excluded_videos": {video.video_id: video.excluded for video in place.manifest.videos if video.excluded},
+        "split_hash": place.manifest.split_hash,
+        "store_fingerprint": place.store.spec.fingerprint if place.store else None,
+        "store_content_hash": progress.store_content_hash,
+    }
+
+
 def record_evaluation(
     folder: Path, result: Mapping[str, Any], score: Accuracy, store: str | None = None, manifest: str | None = None
 ) -> None:
@@ -116,8 +131,8 @@ def record_evaluation(
         folder: of the run.
         result: of `evaluate_run`.
         score: of `evaluate_run`.
-        store: as given with `--store`, for `mastaf reproduce`.
-        manifest: as given with `--manifest`.
+        store: as given with `--store`; `mastaf reproduce` finds it from any folder.
+        manifest: as given with `--manifest`; likewise.
 
     Raises:
         CardError: the run has no card, or a damaged one.
@@ -129,8 +144,10 @@ def record_evaluation(
             **{key: result[key] for key in ("accuracy", "interval95", *KEY, "episode_hash")},
             "outcomes_sha256": outcomes_digest(score),
             "outcomes_file": _outcomes_file(result),
-            "store": store,
-            "manifest": manifest,
+            "store": _from_run(store, folder),
+            "store_as_given": store,
+            "manifest": _from_run(manifest, folder),
+            "manifest_as_given": manifest,
             "best_weights_sha256": _weights_digest(folder / "best.pt"),
             "evaluated_utc": _now(),
             "code_version": result["code_version"],
@@ -175,15 +192,12 @@ def _kept_evaluations(folder: Path, best_digest: str | None) -> list[dict[str, A
     return []
 
 
-def _held_out(metrics: Path, best_episode: int) -> dict[str, Any]:
-    """What the best checkpoint of a classification run scored on the videos kept out of its training."""
-    found: dict[str, Any] = {}
-    if metrics.is_file():
-        for line in metrics.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            if record["kind"] == "validation" and record["episode"] == best_episode:
-                found = {key: value for key, value in record.items() if key.startswith("heldout_")}
-    return found
+def _from_run(given: str | None, folder: Path) -> str | None:
+    """A path that holds from any folder: from the run's own where it lies beside or below that, so that both may move together."""
+    if given is None:
+        return None
+    path, run = Path(given).resolve(), folder.resolve()
+    return os.path.relpath(path, run) if path.is_relative_to(run.parent) else str(path)
 
 
 def _outcomes_file(result: Mapping[str, Any]) -> str:

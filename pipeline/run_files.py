@@ -6,7 +6,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,14 @@ class Progress:
     """How often the run was gone on with."""
     started_utc: str | None = None
     """When it began, ISO 8601."""
+    degraded: dict[str, str] = field(default_factory=dict)
+    """Reason by video id, of every video read in any call that was not quite whole."""
+    second_tries: int = 0
+    """Videos that were decoded anew after a fault that may pass, in all calls."""
+    lost_decoding_processes: int = 0
+    """That died or were late, in all calls."""
+    store_content_hash: str | None = None
+    """Of the store when training ended."""
 
     @classmethod
     def now(cls) -> Progress:

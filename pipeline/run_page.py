@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from pipeline.card_reading import HELD_OUT
+
 MOST_VIDEOS = 10
 """Videos that the page names; card.json has all."""
 
@@ -51,6 +53,14 @@ def duration(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
 
 
+def decoding_words(card: Mapping[str, Any]) -> str:
+    """`3 videos decoded at a second try, 1 decoding process lost`; nothing where nothing went wrong."""
+    tries, lost = card.get("second_tries", 0), card.get("lost_decoding_processes", 0)
+    words = [f"{tries} video{'' if tries == 1 else 's'} decoded at a second try"] if tries else []
+    words += [f"{lost} decoding process{'' if lost == 1 else 'es'} lost"] if lost else []
+    return ", ".join(words)
+
+
 def _summary(card: Mapping[str, Any]) -> str:
     where = {
         "cached": "trained on cached cubes",
@@ -74,14 +84,15 @@ def _accuracies(card: Mapping[str, Any]) -> str:
         )
     if "heldout_top1" in card:
         value = percent(card["heldout_top1"], card.get("heldout_interval95"))
-        note = f"classification of {card.get('heldout_videos', '?')} held-out videos of the training classes"
+        note = f"{card.get('heldout_videos', '?')} videos of the training classes, classified; ± over these videos"
+        if card["selected_on"] == HELD_OUT:
+            note += "; chose the checkpoint, so a little too high"
         rows.append(("held-out videos", value, "", "", note))
     if card.get("test_accuracy") is None:
         command = card.get("commands", {}).get("evaluate", "mastaf evaluate RUN --split test")
         rows.append(("test", "not scored yet", "", "", f"`{command}`"))
     for each in card.get("evaluations", []):
-        data = [f"{name} {_plain(each[name])}" for name in ("store", "manifest") if each.get(name)]
-        note = ", ".join([f"seed {each['seed']}", *data])
+        note = ", ".join([f"seed {each['seed']}", *_other_data(each)])
         value = percent(each["accuracy"], each["interval95"])
         rows.append((each["split"], value, str(each["episodes"]), protocol_words(each), note))
     published = card.get("test_selected_accuracy_published_protocol")
@@ -89,8 +100,15 @@ def _accuracies(card: Mapping[str, Any]) -> str:
         note = f"**not an honest estimate**: {card.get('test_selected_note', 'selected on the test split itself')}"
         rows.append(("test-selected", percent(published), str(card["validation_episodes"]), "", note))
     return _table(("split", "accuracy", "episodes", "protocol", ""), rows) + (
-        "\n\n± is the half width of the 95 % interval over episodes."
+        "\n\n± is the half width of the 95 % interval over episodes"
+        + (", of held-out videos over the videos." if "heldout_top1" in card else ".")
     )
+
+
+def _other_data(evaluation: Mapping[str, Any]) -> list[str]:
+    """Where its data were, in the words of whoever gave it: the paths that are kept may be of the machine."""
+    given = {name: evaluation.get(f"{name}_as_given") or evaluation.get(name) for name in ("store", "manifest")}
+    return [f"{name} {_plain(path)}" for name, path in given.items() if path]
 
 
 def _facts(card: Mapping[str, Any]) -> list[Sequence[str]]:
@@ -105,6 +123,7 @@ def _facts(card: Mapping[str, Any]) -> list[Sequence[str]]:
         "time": f"{duration(card['seconds'])}{shared}; {_times(card)}"
         if card.get("started_utc")
         else duration(card["seconds"]) + shared,
+        **({"decoding": decoding_words(card)} if decoding_words(card) else {}),
         "parameters": f"{card['num_parameters']:,}",
         "hardware": f"{_plain(processor)}, {hardware.get('cores', '?')} cores"
         + (f"; {_counted(gpus)}" if gpus else ", no GPU")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -198,7 +198,19 @@ def evaluate_run(
     sampler = make_sampler(config, manifest, split)
     scorer = FewShotModel(nn.Identity(), run.model.head).to(device)
     score = evaluate_model(scorer, run.source, sampler, episodes, device, on_progress, ranks)
-    result = {
+    return result_of(replace(run, config=config), split, score), score
+
+
+def result_of(run: LoadedRun, split: str, score: Accuracy) -> dict[str, Any]:
+    """A score with everything that made it, as a JSON object.
+
+    Args:
+        run: its config and manifest are those of the episodes.
+        split: where they were drawn from.
+        score: of the run.
+    """
+    config = run.config
+    return {
         "accuracy": score.accuracy,
         "interval95": score.interval95,
         "episodes": score.episodes,
@@ -210,12 +222,11 @@ def evaluate_run(
         "seed": config.evaluation.seed,
         "head": config.head.name,
         "mode": config.training.mode,
-        "split_hash": manifest.split_hash,
+        "split_hash": run.manifest.split_hash,
         "episode_hash": score.episode_hash,
         "store_fingerprint": run.store_fingerprint,
         "code_version": code_version(),
     }
-    return result, score
 
 
 def refuse_seen_classes(run: LoadedRun, split: str) -> None:

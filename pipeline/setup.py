@@ -209,7 +209,7 @@ def _prepare_beside(config: RunConfig, device: torch.device, first: Workplace) -
             f"heads that train together share training.{differing[0]}, but it is {theirs[differing[0]]!r} and {ours[differing[0]]!r}."
         )
     # The first config has its paths made absolute and the store's settings; only head and training are this one's own.
-    config = first.config.model_copy(update={"head": config.head, "training": config.training})
+    config = with_absolute_paths(first.config.model_copy(update={"head": config.head, "training": config.training}))
     if config.head.array != first.source.array:
         raise SetupError(
             f"several heads in one go read one array, but head.array is {first.source.array!r} and {config.head.array!r}."
@@ -220,8 +220,7 @@ def _prepare_beside(config: RunConfig, device: torch.device, first: Workplace) -
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The config with paths that hold from any folder, for the run's record."""
-
-    tables = {"data": "manifest", "store": "path", "backbone": "weights"}
+    tables = {"data": "manifest", "store": "path", "backbone": "weights", "training": "initial_weights"}
     changes = {}
     for table, key in tables.items():
         path = getattr(getattr(config, table), key)

@@ -20,7 +20,10 @@ from pipeline.console import shortened
 from pipeline.live_clips import LiveClips, SourceError
 from pipeline.ranks import ALONE, Ranks
 
-__all__ = ["CachedCubes", "EncodedClips", "LiveClips", "Source", "SourceError", "assemble"]
+__all__ = ["Augment", "CachedCubes", "EncodedClips", "LiveClips", "Source", "SourceError", "assemble"]
+
+Augment = Callable[[Tensor, Sequence[tuple[str, int, int]]], Tensor]
+"""What becomes of training clips (V, F, H, W, 3) uint8, given the video, the view and the episode of each."""
 
 
 class Source(Protocol):
@@ -115,7 +118,7 @@ class EncodedClips:
             encoder: the backbone.
             device: where it is.
             ranks: of this job; each encodes a share in `check`.
-            on_progress: called with (clips encoded, clips to encode) while they are; may raise to leave.
+            on_progress: called with (clips encoded, clips to encode) while they are, and while they are waited for; may raise to leave.
         """
         self.on_progress = on_progress
         self.clips = clips
@@ -143,20 +146,26 @@ class EncodedClips:
         was_training = self.encoder.training
         self.encoder.eval()
         parts = [rows[start : start + chunk] for start in range(0, len(rows), chunk)]
-        reads = deque(self._begin_read(part) for part in parts[:2])
+        encoded = 0
+
+        def look() -> None:
+            self.on_progress(encoded, len(rows))
+
+        reads = deque(self._begin_read(part, look) for part in parts[:2])
         with torch.no_grad():
             for number, part in enumerate(parts):
                 clips = reads.popleft()()
                 if number + 2 < len(parts):
                     # Decoded while this part and the next one are encoded.
-                    reads.append(self._begin_read(parts[number + 2]))
+                    reads.append(self._begin_read(parts[number + 2], look))
                 cubes = self.encoder(clips.to(self.device, non_blocking=True)[None])[0].cpu()
                 self._cubes |= dict(zip(part, cubes, strict=True))
-                self.on_progress(min((number + 1) * chunk, len(rows)), len(rows))
+                encoded += len(part)
+                look()
         self.encoder.train(was_training)
 
-    def _begin_read(self, rows: Sequence[tuple[str, int]]) -> Callable[[], Tensor]:
-        return self.clips.begin_read([row[0] for row in rows], [row[1] for row in rows])
+    def _begin_read(self, rows: Sequence[tuple[str, int]], while_waiting: Callable[[], None]) -> Callable[[], Tensor]:
+        return self.clips.begin_read([row[0] for row in rows], [row[1] for row in rows], while_waiting)
 
     def read(self, video_ids: Sequence[str], views: Sequence[int]) -> Tensor:
         """Cubes (V, C, T, H, W) float32."""
@@ -172,7 +181,7 @@ def assemble(
     query_views: np.ndarray,
     global_index: Mapping[str, int] | None = None,
     seeds: Sequence[int] | None = None,
-    augment: Callable[[Tensor, Sequence[tuple[str, int]]], Tensor] | None = None,
+    augment: Augment | None = None,
     device: torch.device | None = None,
 ) -> EpisodeBatch:
     """Turn episodes (ids and labels) into the tensors of one batch.
@@ -184,7 +193,7 @@ def assemble(
         query_views: (E, Q) int64, the view of each query.
         global_index: training class name -> global label; None leaves the global labels out (evaluation).
         seeds: E seeds of what a head draws (`episodes.sampler.draw_noise_seed`).
-        augment: what becomes of clips in training, given the (video, view) of each (`pipeline.augmentation`).
+        augment: what becomes of clips in training (`pipeline.augmentation`).
         device: where the inputs go, in one piece and before they are augmented; None: they stay where they are read.
     """
     num_supports = len(episodes[0].support_ids)
@@ -194,7 +203,8 @@ def assemble(
     if device is not None:
         videos = videos.to(device, non_blocking=True)
     if augment is not None:
-        videos = augment(videos, list(zip(ids, views, strict=True)))
+        indices = [episode.index for episode in episodes for _ in (*episode.support_ids, *episode.query_ids)]
+        videos = augment(videos, list(zip(ids, views, indices, strict=True)))
     videos = videos.reshape(len(episodes), -1, *videos.shape[1:])  # (E, V, ...)
     global_labels = None
     if global_index is not None:

@@ -15,6 +15,7 @@ from pipeline.console import progress, say
 from pipeline.ranks import Ranks, joined_ranks
 from pipeline.run_card import record_evaluation
 from pipeline.run_log import refuse_absent_loggers
+from pipeline.run_page import decoding_words
 from pipeline.scoring import evaluate_run, load_run
 from pipeline.settings import SetupError
 from pipeline.setup import choose_device
@@ -97,7 +98,8 @@ def _say_result(card: Mapping[str, Any], folder: Path) -> None:
             f"test-selected, as the published code reports it (not an honest estimate): "
             f"{100 * card['test_selected_accuracy_published_protocol']:.2f} %"
         )
-    say(f"run: {folder} (card.md). Score it: mastaf evaluate {folder} --split test")
+    faults = decoding_words(card)
+    say(f"run: {folder} (card.md{f'; {faults}' if faults else ''}). Score it: mastaf evaluate {folder} --split test")
 
 
 def describe_validation(line: Mapping[str, Any]) -> str:

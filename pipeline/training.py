@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -316,10 +316,11 @@ def _save_unfinished(jobs: Sequence[TrainingJob]) -> list[TrainingJob]:
 
 
 def _finish(job: TrainingJob, num_together: int) -> dict[str, Any]:
-    for degraded in job.ranks.gather(job.place.source.degraded):
-        job.place.source.degraded |= cast(dict[str, str], degraded)
+    job.gather_sources()
     if not job.ranks.is_first:
         return {}
+    if job.place.store is not None:
+        job.progress.store_content_hash = job.place.store.content_hash()
     job.save("last.pt")
     for name in ("not_finite.json", "bad_videos.json"):
         (job.folder / name).unlink(missing_ok=True)  # of a stop that was mended

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -31,6 +31,23 @@ from pipeline.setup import Workplace
 from pipeline.sources import EncodedClips, LiveClips, Source
 
 
+@dataclass(frozen=True, slots=True)
+class DecodingFaults:
+    """What a source has counted since this call began."""
+
+    second_tries: int = 0
+    """Videos that were decoded anew after a fault that may pass."""
+    lost_processes: int = 0
+    """Decoding processes that died or were late."""
+
+    @classmethod
+    def of(cls, source: Source) -> Self:
+        """Nothing where no video is decoded."""
+        if not isinstance(source, LiveClips):
+            return cls()
+        return cls(source.num_second_tries, source._decoder.num_restarts)
+
+
 @dataclass(slots=True)
 class TrainingJob:
     """One call of `train`, on one rank."""
@@ -52,6 +69,8 @@ class TrainingJob:
     _saved: float = field(default_factory=time.monotonic)
     _seconds: dict[str, float] = field(default_factory=dict)
     """What came between steps since the last line, by name."""
+    _counted: DecodingFaults = field(default_factory=DecodingFaults)
+    """Of this call, as far as the progress has them."""
 
     @property
     def training(self) -> TrainingConfig:
@@ -63,11 +82,31 @@ class TrainingJob:
         began = time.monotonic()
         self.progress.seconds += began - self._clock
         self._clock = self._saved = began
+        self._note_source()
         if self.log is not None:
             self.log.sync()
         if self.ranks.is_first:
             save_run(self.folder / name, self.place, self.stepper, self.progress, self.cubes_digest)
         self._seconds["seconds_saving"] = self._seconds.get("seconds_saving", 0.0) + time.monotonic() - began
+
+    def _note_source(self) -> None:
+        """Take over into the progress what the source has met since the last time."""
+        progress, faults = self.progress, DecodingFaults.of(self.place.source)
+        progress.degraded = dict(sorted((progress.degraded | self.place.source.degraded).items()))
+        progress.second_tries += faults.second_tries - self._counted.second_tries
+        progress.lost_decoding_processes += faults.lost_processes - self._counted.lost_processes
+        self._counted = faults
+
+    def gather_sources(self) -> None:
+        """Take over what the sources of the other ranks have met, at the end of training."""
+        self._note_source()
+        degraded, faults = self.ranks.gather(self.progress.degraded), self.ranks.gather(self._counted)
+        for rank, (videos, counts) in enumerate(zip(degraded, faults, strict=True)):
+            if rank != self.ranks.rank:
+                theirs = cast(DecodingFaults, counts)
+                self.progress.degraded = dict(sorted((self.progress.degraded | cast(dict[str, str], videos)).items()))
+                self.progress.second_tries += theirs.second_tries
+                self.progress.lost_decoding_processes += theirs.lost_processes
 
     def after_step(self, record: StepRecord, speed: StepSpeed) -> None:
         """Note a step."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from configs.whole import PipelineFile
 from episodes.sampler import EpisodeProtocol, EpisodeSampler
 from extract.config import BackboneConfig, SamplingConfig
 from pipeline.run_files import resolved_head_options
+from pipeline.settings import SetupError
 from pipeline.setup import load_manifest
 from pipeline.train_heads import head_configs
 
@@ -52,9 +54,11 @@ def load_configs(file: PipelineFile, rendered: Path) -> PipelineConfigs:
     """
     asked = file.config
     train_path = file.recipe(asked.backbone)
-    train = load_config(train_path, file.overrides_of("train"))
+    with _naming("pipeline.backbone", train_path):
+        train = load_config(train_path, file.overrides_of("train"))
     heads_path = file.recipe(asked.heads_recipe)
-    heads = head_configs(heads_path, asked.heads, file.overrides_of("heads"))
+    with _naming("pipeline.heads_recipe", heads_path):
+        heads = head_configs(heads_path, asked.heads, file.overrides_of("heads"))
     first = heads[asked.heads[0]]
     renders = bool(asked.demo_videos) and not train.data.manifest
     if not renders:
@@ -62,10 +66,13 @@ def load_configs(file: PipelineFile, rendered: Path) -> PipelineConfigs:
     manifest = str(rendered) if renders else str(train.data.manifest)
     _refuse_other_manifest(first, manifest)
     train = with_manifest(train, manifest)
-    extraction = load_config(train_path, (*file.overrides_of("train"), *file.overrides_of("extract")))
+    with _naming("pipeline.backbone with [pipeline.set_extract]", train_path):
+        extraction = load_config(train_path, (*file.overrides_of("train"), *file.overrides_of("extract")))
     pretrain = None
     if asked.pretrain is not None:
-        pretrain = load_config(file.recipe(asked.pretrain), file.overrides_of("pretrain"))
+        pretrain_path = file.recipe(asked.pretrain)
+        with _naming("pipeline.pretrain", pretrain_path):
+            pretrain = load_config(pretrain_path, file.overrides_of("pretrain"))
         pretrain = with_manifest(pretrain, pretrain.data.manifest or manifest)
     configs = PipelineConfigs(
         pretrain=pretrain,
@@ -80,6 +87,15 @@ def load_configs(file: PipelineFile, rendered: Path) -> PipelineConfigs:
     if not renders:
         _refuse_small_split(file, configs)
     return configs
+
+
+@contextmanager
+def _naming(key: str, path: Path) -> Iterator[None]:
+    """Say of what is wrong with a recipe, or with its overrides, which one it is."""
+    try:
+        yield
+    except (ConfigError, SetupError) as error:
+        raise type(error)(f"{key} ({path.name}): {error}") from error
 
 
 def with_manifest(config: RunConfig, manifest: str) -> RunConfig:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from configs.schema import RunConfig
 from configs.whole import PipelineConfig
@@ -22,9 +24,11 @@ from pipeline.run_files import is_begun
 from pipeline.scoring import LoadedRun, evaluate_run, load_run
 from pipeline.settings import SetupError
 from pipeline.setup import choose_device
+from pipeline.sources import SourceError
 from pipeline.store_commands import repair_store
 from pipeline.train_command import describe_validation
 from pipeline.training import train, train_together
+from pipeline.whole_cards import note_comparison, note_live, scored_manifest
 from pipeline.whole_configs import PipelineConfigs
 
 COMPARISON_TABLE = "table.txt"
@@ -136,9 +140,17 @@ def train_all_heads(shop: Workshop, names: Sequence[str]) -> None:
     runs = [(_head_config(shop, name), shop.places.head(name)) for name in names]
     resumed = [run for run in runs if is_begun(run[1])]
     begun = [run for run in runs if run not in resumed]
-    for together, resume in ((resumed, True), (begun, False)):
-        if together:
-            _train_together(together, resume, shop.device)
+    try:
+        for together, resume in ((resumed, True), (begun, False)):
+            if together:
+                _train_together(together, resume, shop.device)
+    except SourceError as error:
+        again = "--redo pretrain --redo train" if shop.configs.pretrain is not None else "--redo train"
+        raise SetupError(
+            f"{error} Inside a pipeline either raise extraction.seconds_per_video or decode_memory_bytes, where that stopped them, with "
+            f"--redo extract; or repair them, with {again} --redo extract; or give the manifest without them: --set "
+            f"data.manifest=NEW.csv {again}, which trains the backbone without them too."
+        ) from error
 
 
 def _head_config(shop: Workshop, name: str) -> RunConfig:
@@ -165,12 +177,18 @@ def _train_together(runs: Sequence[tuple[RunConfig, Path]], resume: bool, device
         train_together(runs, choose_device(device), resume, report)
 
 
+def compared_runs(shop: Workshop) -> list[Path]:
+    """Folders of the runs of a comparison, the backbone's first."""
+    return [shop.places.backbone, *(shop.places.head(name) for name in shop.configs.heads)]
+
+
 def compare(shop: Workshop, shots: Sequence[int]) -> None:
     """Score the backbone's run through its cubes and all heads, on the same episodes for each number of shots."""
     asked = shop.asked.compare
-    runs = [shop.places.backbone, *(shop.places.head(name) for name in shop.configs.heads)]
+    runs = compared_runs(shop)
     for k_shot in shots:
         folder = shop.places.comparison(k_shot)
+        folder.mkdir(exist_ok=True)
         _, table = compare_folders(
             runs,
             split=asked.split,
@@ -182,6 +200,7 @@ def compare(shop: Workshop, shots: Sequence[int]) -> None:
             manifest=shop.manifest,
             out=folder,
             device=shop.device,
+            on_scored=partial(note_comparison, store=shop.places.cubes, manifest=Path(shop.manifest), folder=folder),
         )
         write_file(folder / COMPARISON_TABLE, (table + "\n").encode())
 
@@ -189,28 +208,33 @@ def compare(shop: Workshop, shots: Sequence[int]) -> None:
 def score_live(shop: Workshop) -> None:
     """Score the backbone's run on the same episodes by decoding the videos, and hold every answer against that on the cubes."""
     asked, device = shop.asked.compare, choose_device(shop.device)
-    run = load_run(shop.places.backbone, device, manifest_path=shop.manifest)
     results = {}
-    for k_shot in asked.shots:
-        folder = shop.places.comparison(k_shot)
-        compared = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
-        left_out = {row["video_id"]: row["reason"] for row in compared["left_out"]}
-        with progress(f"score live, {k_shot}-shot") as on_progress:
-            result, score = evaluate_run(
-                _on_episodes_of(run, left_out, asked.seed), asked.split, asked.episodes, device, on_progress,
-                k_shot=k_shot, n_query=shop.configs.n_query,
-            )  # fmt: skip
-        if score.episode_hash != compared["episode_hash"]:
-            raise SetupError(f"{folder} was made on other episodes than those of now. Make it again: --redo compare")
-        with np.load(folder / "episodes.npz", allow_pickle=False) as arrays:
-            on_cubes = arrays["accuracy"][0]  # (N,), the backbone's run comes first
-        results[str(k_shot)] = {
-            **result,
-            "accuracy_on_cubes": compared["runs"][0]["accuracy"],
-            "episodes_that_differ": int((on_cubes != np.array(score.per_episode)).sum()),
-        }
+    with load_run(shop.places.backbone, device, manifest_path=shop.manifest) as run:
+        for k_shot in asked.shots:
+            results[str(k_shot)] = _score_live(shop, run, k_shot, device)
     shop.places.live.mkdir(exist_ok=True)
     write_file(shop.places.live / LIVE_FILE, (json.dumps(results, indent=2) + "\n").encode())
+
+
+def _score_live(shop: Workshop, run: LoadedRun, k_shot: int, device: torch.device) -> dict[str, Any]:
+    asked, folder = shop.asked.compare, shop.places.comparison(k_shot)
+    compared = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+    left_out = {row["video_id"]: row["reason"] for row in compared["left_out"]}
+    with progress(f"score live, {k_shot}-shot") as on_progress:
+        result, score = evaluate_run(
+            _on_episodes_of(run, left_out, asked.seed), asked.split, asked.episodes, device, on_progress,
+            k_shot=k_shot, n_query=shop.configs.n_query,
+        )  # fmt: skip
+    if score.episode_hash != compared["episode_hash"]:
+        raise SetupError(f"{folder} was made on other episodes than those of now. Make it again: --redo compare")
+    with np.load(folder / "episodes.npz", allow_pickle=False) as arrays:
+        on_cubes = arrays["accuracy"][0]  # (N,), the backbone's run comes first
+    note_live(shop.places.backbone, result, score, scored_manifest(Path(shop.manifest), folder, bool(left_out)))
+    return {
+        **result,
+        "accuracy_on_cubes": compared["runs"][0]["accuracy"],
+        "episodes_that_differ": int((on_cubes != np.array(score.per_episode)).sum()),
+    }
 
 
 def _on_episodes_of(run: LoadedRun, left_out: Mapping[str, str], seed: int) -> LoadedRun:

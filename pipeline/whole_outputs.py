@@ -13,6 +13,9 @@ from cache.open import FORMATS, open_files, open_store
 from cache.verify import verify
 from episodes.datasets import Manifest
 from pipeline.checkpoint import content_digest, load_checkpoint
+from pipeline.extraction import video_sources
+from pipeline.extraction_feed import has_file, is_other_input, source_text
+from pipeline.reextraction import is_reachable
 
 VERIFY_THREADS = 2
 
@@ -82,11 +85,54 @@ def manifest_hashes(manifest: Manifest) -> dict[str, str]:
     return {"split_hash": manifest.split_hash, "content": _hash(rows)}
 
 
+def video_files_hash(manifest: Manifest, splits: Iterable[str], allow_outside: bool) -> str | None:
+    """Of the sizes of the files of some splits, and the stretch of each that is used.
+
+    None where a file cannot be reached: whether the others are what they were cannot be told without it.
+
+    Args:
+        manifest: names the files.
+        splits: whose videos.
+        allow_outside: whether they may lie outside of the manifest's root.
+    """
+    sources = video_sources(manifest, allow_outside)
+    lines = []
+    for split in splits:
+        for video in manifest.videos_of(split):
+            source = sources[video.video_id]
+            text = source_text(source)
+            if not has_file(text) and not is_reachable(source.path):
+                return None
+            lines.append(json.dumps([video.video_id, text]))
+    return _hash(lines)
+
+
+def changed_inputs(folder: Path, manifest: Manifest, allow_outside: bool) -> list[str]:
+    """Videos of a store whose good rows were made from another file or stretch than the manifest names now, one line each.
+
+    A store that cannot be read has none: that it is damaged is found elsewhere.
+    """
+    sources = video_sources(manifest, allow_outside)
+    changed = {}
+    try:
+        with open_store(folder) as store:
+            for row, outcome in store.outcomes(sources):
+                if outcome is None or outcome.status == "rejected" or outcome.source is None:
+                    continue
+                now = source_text(sources[row.video_id])
+                if is_other_input(outcome.source, now):
+                    changed[row.video_id] = f"{row.video_id} (from {outcome.source}, now {now})"
+    except DAMAGE:
+        return []
+    return list(changed.values())
+
+
 def weights_name(text: str | None) -> str | None:
-    """What stands for a weights entry of a config: a file's content, or the entry itself where it is no file."""
-    if text is None or not Path(text).is_file():
+    """What stands for a weights entry of a config: the content of a file or directory, or else the entry itself."""
+    if text is None or not Path(text).exists():
         return text
-    return f"file {_file_hash(Path(text))}"
+    path = Path(text)
+    return f"directory {files_hashes(path)['files']}" if path.is_dir() else f"file {_file_hash(path)}"
 
 
 def _file_hash(path: Path) -> str:

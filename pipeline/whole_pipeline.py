@@ -14,11 +14,12 @@ from configs.whole import PipelineFile, load_pipeline
 from pipeline.console import say
 from pipeline.interrupts import Stopped
 from pipeline.output_folder import check_output_folder
+from pipeline.provenance import code_version, hardware, library_versions
 from pipeline.run_lock import locked
 from pipeline.settings import SetupError
 from pipeline.whole_configs import load_configs
 from pipeline.whole_outputs import DAMAGE
-from pipeline.whole_record import Record, Records, is_filled
+from pipeline.whole_record import Record, Records, settings_hash
 from pipeline.whole_report import StepFacts, plan_text, write_report
 from pipeline.whole_stages import DATA, Stage, Step, build_steps
 from pipeline.whole_verdict import Redo, Verdict, judge, judge_config
@@ -57,11 +58,14 @@ def run_pipeline(
     steps = build_steps(file, configs, folder, device)
     wanted = _stages_to_redo(steps, redo)
     if is_dry:
-        return _plan(steps, Records.read(folder), wanted)
+        records = Records.read(folder)
+        return _plan(steps, records, _with_earlier_permission(wanted, records, steps))
     check_output_folder(folder)
     with _held(folder), _threads(file):
-        runner = _Runner(steps, Records.read(folder), wanted)
+        records = Records.read(folder)
+        runner = _Runner(steps, records, _with_earlier_permission(wanted, records, steps))
         runner.refuse_other_configs()
+        runner.note_permission()
         facts = [runner.do(number) for number in range(len(steps))]
     return write_report(file, configs, folder, facts)
 
@@ -76,6 +80,13 @@ def _stages_to_redo(steps: Sequence[Step], names: Sequence[str]) -> Redo:
     places = [place for place, step in enumerate(steps) if asked & known[step.name]]
     later = {stage for step in steps[places[0] + 1 :] for stage in known[step.name]} if places else set()
     return Redo(frozenset(asked), frozenset(later))
+
+
+def _with_earlier_permission(redo: Redo, records: Records, steps: Sequence[Step]) -> Redo:
+    """With what an earlier call with `--redo` was stopped before; it was asked for with the settings of then alone."""
+    stages = [stage for step in steps for stage in step.stages]
+    still = {stage.name for stage in stages if records.permitted.get(stage.name) == settings_hash(dict(stage.stated))}
+    return Redo(redo.asked | (still & set(records.asked)), redo.later | still)
 
 
 @contextmanager
@@ -110,6 +121,7 @@ class _Runner:
         self.outputs: dict[str, str] = {}
         """Hash of each part of the finished outputs, as "stage.part"."""
         self._redo = redo
+        self._made_with = {"code_version": code_version(), "libraries": library_versions(), "hardware": hardware()}
 
     def refuse_other_configs(self) -> None:
         """Before any work: refuse what belongs to another config, in whichever stage."""
@@ -120,19 +132,32 @@ class _Runner:
                 if verdict is not None and verdict.action == "refuse":
                     raise SetupError(verdict.why)
 
+    def note_permission(self) -> None:
+        """Keep what `--redo` allows until it is done: the same command without it goes on."""
+        stages = [stage for step in self.steps for stage in step.stages]
+        asked = [stage.name for stage in stages if stage.name in self._redo.asked]
+        permitted = {
+            stage.name: settings_hash(dict(stage.stated))
+            for stage in stages
+            if stage.name in self._redo.asked | self._redo.later
+        }
+        if (asked, permitted) != (self.records.asked, self.records.permitted):
+            self.records.asked, self.records.permitted = asked, permitted
+            self.records.write()
+
     def do(self, number: int) -> StepFacts:
         """Make what is not finished of a step."""
         step = self.steps[number]
         say(f"[{number + 1}/{len(self.steps)}] {step.name}: {step.title}")
-        later = [stage for other in self.steps[number + 1 :] for stage in other.stages]
-        # Bytes that nothing reads any more are not read for their own sake.
-        is_read = any(self._seems_unfinished(stage) for stage in later)
+        is_read = self._is_read_later(number)
         unfinished = []
         for stage in step.stages:
             verdict = judge(stage, self.records.stages.get(stage.name), self.outputs, self._redo, is_full=is_read)
+            if verdict.action == "refuse":
+                raise SetupError(verdict.why)
             say(f"    {stage.name}: {self._words(verdict)}")
             if verdict.action == "skip":
-                self._note_output(stage, self.records.stages[stage.name])
+                self.outputs |= _parts(stage, self.records.stages[stage.name])
                 continue
             unfinished.append(stage)
             if verdict.action == "mend":
@@ -142,6 +167,7 @@ class _Runner:
         if unfinished:
             self._make(step, unfinished)
         names = [stage.name for stage in step.stages]
+        self._end_permission(names)
         return StepFacts(
             name=step.name,
             title=step.title,
@@ -150,11 +176,30 @@ class _Runner:
             made=tuple(stage.name for stage in unfinished),
             fingerprint_of={name: self.records.stages[name].fingerprint for name in names},
             output_of={name: self.records.stages[name].output or {} for name in names},
+            made_with_of={name: self.records.stages[name].made_with for name in names},
         )
 
-    def _seems_unfinished(self, stage: Stage) -> bool:
-        record = self.records.stages.get(stage.name)
-        return record is None or record.output is None or stage.name in self._redo.asked or not is_filled(stage.output)
+    def _is_read_later(self, number: int) -> bool:
+        """Whether a later stage has anything to do, if this step's outputs are whole: bytes that nothing reads are not read.
+
+        Asked only where reading every byte takes long.
+        """
+        if not any(stage.mend for stage in self.steps[number].stages):
+            return False
+        outputs = dict(self.outputs)
+        for place, step in enumerate(self.steps[number:]):
+            for stage in step.stages:
+                record = self.records.stages.get(stage.name)
+                if place and judge(stage, record, outputs, self._redo).action != "skip":
+                    return True
+                outputs |= _parts(stage, record)
+        return False
+
+    def _end_permission(self, names: Sequence[str]) -> None:
+        if self.records.permitted.keys() & set(names):
+            for name in names:
+                self.records.permitted.pop(name, None)
+            self.records.write()
 
     def _mend(self, stage: Stage) -> None:
         """Mend an output in place, or else set it aside. Its record stays, so that one that is killed here is mended again."""
@@ -169,7 +214,11 @@ class _Runner:
     def _make(self, step: Step, unfinished: Sequence[Stage]) -> None:
         for stage in unfinished:
             made = {part: self.outputs[part] for part in stage.reads}
-            self.records.stages[stage.name] = Record(dict(stage.stated), made)
+            before = self.records.stages.get(stage.name)
+            made_with = [each for each in before.made_with if each != self._made_with] if before else []
+            self.records.stages[stage.name] = Record(dict(stage.stated), made, None, [*made_with, self._made_with])
+        names = {stage.name for stage in unfinished}
+        self.records.asked = [name for name in self.records.asked if name not in names]
         with self._working(unfinished):
             step.make(unfinished)
         for stage in unfinished:
@@ -179,7 +228,7 @@ class _Runner:
                 raise SetupError(
                     f"{stage.name} has ended, but {stage.output} is not whole: {error}. Make it again: --redo {stage.name}"
                 ) from error
-            self._note_output(stage, self.records.stages[stage.name])
+            self.outputs |= _parts(stage, self.records.stages[stage.name])
         self.records.write()
         say(f"    {step.name}: done, {self.records.seconds([stage.name for stage in unfinished]):.1f} s in all")
 
@@ -194,12 +243,14 @@ class _Runner:
             say("    the same command goes on from here" + ", without --redo" * bool(self._redo.asked))
             raise
 
-    def _note_output(self, stage: Stage, record: Record) -> None:
-        assert record.output is not None
-        self.outputs |= {f"{stage.name}.{part}": value for part, value in record.output.items()}
-
     def _words(self, verdict: Verdict) -> str:
         return verdict.why if verdict.action == "skip" else f"{_DOING[verdict.action]} ({verdict.why})"
+
+
+def _parts(stage: Stage, record: Record | None) -> dict[str, str]:
+    """Hash of each part of what a stage gave, as "stage.part"."""
+    output = record.output if record is not None else None
+    return {f"{stage.name}.{part}": value for part, value in (output or {}).items()}
 
 
 _DOING = {
@@ -208,7 +259,6 @@ _DOING = {
     "mend": "is mended",
     "set aside": "is made again",
     "wait": "waits",
-    "refuse": "refused",
 }
 
 
@@ -220,7 +270,7 @@ def _plan(steps: Sequence[Step], records: Records, redo: Redo) -> tuple[dict[str
         for stage in step.stages:
             record = records.stages.get(stage.name)
             verdict = judge(stage, record, outputs, redo)
-            if verdict.action == "skip" and record is not None and record.output is not None:
-                outputs |= {f"{stage.name}.{part}": value for part, value in record.output.items()}
+            if verdict.action == "skip":
+                outputs |= _parts(stage, record)
             rows.append({"stage": stage.name, "action": verdict.action, "why": verdict.why})
     return {"stages": rows}, plan_text(rows)

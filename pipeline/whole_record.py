@@ -22,6 +22,11 @@ SET_ASIDE = "set_aside"
 """Folder for outputs that are made again."""
 
 
+def settings_hash(settings: Any) -> str:
+    """SHA-256 over what JSON makes of it."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
 @dataclass(slots=True)
 class Record:
     """One stage, begun or finished."""
@@ -32,11 +37,13 @@ class Record:
     """What it read of earlier stages, as "stage.part", with its hash."""
     output: dict[str, str] | None = None
     """Hashes of the parts of its output; None: it has not finished."""
+    made_with: list[dict[str, Any]] = field(default_factory=list)
+    """Code version, libraries and hardware of the calls that worked on it, each once."""
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all that decides the output."""
-        return hashlib.sha256(json.dumps([self.stated, self.made], sort_keys=True).encode()).hexdigest()
+        return settings_hash([self.stated, self.made])
 
 
 @dataclass(slots=True)
@@ -57,6 +64,10 @@ class Records:
     folder: Path
     stages: dict[str, Record] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+    """Stages that `--redo` named and that no call has come to yet."""
+    permitted: dict[str, str] = field(default_factory=dict)
+    """Stages that `--redo` allows to be made again and that are not done yet, each with the hash of the settings of that call."""
 
     @classmethod
     def read(cls, folder: Path) -> Records:
@@ -73,7 +84,8 @@ class Records:
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']}, not {FORMAT}")
             stages = {name: Record(**record) for name, record in content["stages"].items()}
-            return cls(folder, stages, [Call(**call) for call in content["calls"]])
+            calls = [Call(**call) for call in content["calls"]]
+            return cls(folder, stages, calls, list(content.get("asked", [])), dict(content.get("permitted", {})))
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise SetupError(
                 f"{path} cannot be read ({type(error).__name__}: {error}). Restore it from a copy, or choose another --out."
@@ -86,6 +98,8 @@ class Records:
             "format": FORMAT,
             "stages": {name: asdict(record) for name, record in self.stages.items()},
             "calls": [asdict(call) for call in self.calls],
+            "asked": self.asked,
+            "permitted": self.permitted,
         }
         write_file(self.folder / FILE, (json.dumps(content, indent=2) + "\n").encode())
 
@@ -134,8 +148,10 @@ class Records:
 
 
 def is_filled(output: Path) -> bool:
-    """Whether there is anything in a folder besides hidden files, which locks are."""
-    return output.exists() and any(not path.name.startswith(".") for path in output.iterdir())
+    """Whether there is anything in a folder besides hidden files, which locks are; a file in its place is something too."""
+    if not output.is_dir():
+        return output.exists()
+    return any(not path.name.startswith(".") for path in output.iterdir())
 
 
 def _last_write(output: Path) -> float:

@@ -11,9 +11,11 @@ from typing import Any
 from configs.whole import PipelineFile
 from pipeline.checkpoint import write_file
 from pipeline.console import say
-from pipeline.provenance import code_version, hardware, library_versions
 from pipeline.whole_configs import PipelineConfigs
 from pipeline.whole_making import COMPARISON_TABLE, LIVE_FILE, Places
+
+SEVERAL = "several"
+"""In place of a version or machine that is not the same for all stages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,8 @@ class StepFacts:
     """Hash of all that went into each stage."""
     output_of: Mapping[str, Mapping[str, str]]
     """Hashes of the parts of each stage's output."""
+    made_with_of: Mapping[str, Sequence[Mapping[str, Any]]]
+    """Code version, libraries and hardware of the calls that worked on each stage."""
 
 
 def plan_text(rows: Sequence[Mapping[str, str]]) -> str:
@@ -64,15 +68,23 @@ def write_report(
         ),
         "live": live,
         "stages": [asdict(step) for step in steps],
-        "code_version": code_version(),
-        "libraries": library_versions(),
-        "hardware": hardware(),
+        **_made_with(steps),
     }
     text = _text(facts, shots, [(places.comparison(k) / COMPARISON_TABLE).read_text(encoding="utf-8") for k in shots])
     write_file(folder / "report.json", (json.dumps(facts, indent=2) + "\n").encode())
     write_file(folder / "report.md", text.encode())
     say(f"report: {folder / 'report.md'}")
     return facts, text
+
+
+def _made_with(steps: Sequence[StepFacts]) -> dict[str, Any]:
+    """What all stages were made with, or "several"; each stage has its own."""
+    calls = [call for step in steps for made_with in step.made_with_of.values() for call in made_with]
+    found: dict[str, Any] = {}
+    for what in ("code_version", "libraries", "hardware"):
+        values = {json.dumps(call[what], sort_keys=True): call[what] for call in calls}
+        found[what] = next(iter(values.values())) if len(values) == 1 else SEVERAL
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -137,10 +149,20 @@ def _text(facts: Mapping[str, Any], shots: Sequence[int], tables: Sequence[str])
         "Times are those of the calls that did the work, resumptions together.",
         f"Split {facts['split_hash'][:12]}, episodes {', '.join(value[:12] for value in facts['episode_hash'].values())} "
         f"(seed {facts['seed']}), store {facts['store_fingerprint'][:12]}, code {facts['code_version']}.",
+        *_made_with_lines(facts),
     ]
     for title, table in zip(titles, tables, strict=True):
         lines += ["", f"## {title}, paired", "", "```", table.rstrip("\n"), "```"]
     return "\n".join([*lines, ""])
+
+
+def _made_with_lines(facts: Mapping[str, Any]) -> list[str]:
+    what = {"code_version": "versions of the code", "libraries": "versions of libraries", "hardware": "machines"}
+    several = [words for key, words in what.items() if facts[key] == SEVERAL]
+    if not several:
+        libraries, machine = facts["libraries"], facts["hardware"]
+        return [f"Made with torch {libraries.get('torch')} on {machine.get('gpu') or machine.get('processor')}."]
+    return [f"Stages were made with several {' and '.join(several)}; report.json has each (made_with_of)."]
 
 
 def _cell(score: Mapping[str, float]) -> str:

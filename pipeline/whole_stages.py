@@ -13,11 +13,24 @@ from configs.whole import PipelineFile
 from pipeline import whole_making as making
 from pipeline.run_files import CHANGEABLE, resolved_head_options
 from pipeline.setup import load_manifest
+from pipeline.whole_cards import refuse_unnoted_comparison, refuse_unnoted_live
 from pipeline.whole_configs import PipelineConfigs
-from pipeline.whole_outputs import files_hashes, manifest_hashes, run_hashes, store_hashes, weights_name
+from pipeline.whole_outputs import (
+    changed_inputs,
+    files_hashes,
+    manifest_hashes,
+    run_hashes,
+    store_hashes,
+    video_files_hash,
+    weights_name,
+)
 
 BACKBONE, CUBES, HEADS, DATA, PRETRAIN, LIVE = "backbone", "cubes", "heads", "data", "pretrain", "live"
 """Folders of a pipeline; the store has the ending of its backend."""
+FILE_SIZES = "manifest.file_sizes"
+"""What a stage states of the files of the videos that it decodes; None: not to be told."""
+_REJECTING = ("seconds_per_video", "decode_memory_bytes")
+"""Keys of [extraction] that change no cube, but which videos have one."""
 _TRAINING_TABLES = ("data", "episodes", "head", "training", "evaluation")
 _BACKBONE_TABLES = (*_TRAINING_TABLES, "sampling", "backbone", "extraction", "augmentation", "classify")
 
@@ -39,6 +52,8 @@ class Stage:
     """Whether an output of other settings is refused; otherwise it is set aside and made anew."""
     mend: Callable[[], None] | None = None
     """Makes a damaged output whole in place."""
+    changed_inputs: Callable[[], Sequence[str]] = tuple
+    """What in its output was made from other files than there are now, one line each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +113,26 @@ def _videos_of(configs: PipelineConfigs, config: RunConfig) -> _Videos:
     return _Videos({f"manifest.{name}": value for name, value in found.items()}, ())
 
 
+def _file_sizes(configs: PipelineConfigs, config: RunConfig, splits: Sequence[str]) -> dict[str, str | None]:
+    """What a stage that decodes videos states of their files; nothing where the pipeline renders them."""
+    if configs.renders:
+        return {}
+    return {FILE_SIZES: video_files_hash(load_manifest(config), splits, config.data.allow_outside)}
+
+
+def _trained_on(config: RunConfig) -> tuple[str, ...]:
+    return ("train", "val", "test") if config.training.track_test else ("train", "val")
+
+
 def _pretrain_step(shop: making.Workshop, config: RunConfig, videos: _Videos) -> Step:
     stage = Stage(
         "pretrain",
         shop.places.pretrain,
-        {**settings_of(config, _BACKBONE_TABLES), **videos.stated},
+        {
+            **settings_of(config, _BACKBONE_TABLES),
+            **videos.stated,
+            **_file_sizes(shop.configs, config, _trained_on(config)),
+        },
         videos.reads,
         partial(_run_hashes, shop.places.pretrain),
     )
@@ -112,7 +142,8 @@ def _pretrain_step(shop: making.Workshop, config: RunConfig, videos: _Videos) ->
 
 def _train_step(shop: making.Workshop, videos: _Videos) -> Step:
     config, reads = shop.configs.train, videos.reads
-    stated = {**settings_of(config, _BACKBONE_TABLES), **videos.stated}
+    sizes = _file_sizes(shop.configs, config, _trained_on(config))
+    stated = {**settings_of(config, _BACKBONE_TABLES), **videos.stated, **sizes}
     if shop.configs.pretrain is not None:
         del stated["backbone.weights"]
         reads += ("pretrain.backbone",)
@@ -124,13 +155,20 @@ def _train_step(shop: making.Workshop, videos: _Videos) -> Step:
 
 def _extract_step(shop: making.Workshop, videos: _Videos) -> Step:
     config, folder = shop.configs.extraction, shop.places.cubes
+    limits = {f"extraction.{key}": getattr(config.extraction, key) for key in _REJECTING}
+
+    def changed() -> Sequence[str]:
+        # Rendered videos are held against their own hash.
+        return () if shop.configs.renders else changed_inputs(folder, load_manifest(config), config.data.allow_outside)
+
     stage = Stage(
         "extract",
         folder,
-        {**settings_of(config, ("sampling", "extraction", "store")), **videos.stated},
+        {**settings_of(config, ("sampling", "extraction", "store")), **limits, **videos.stated},
         ("train.backbone", *videos.reads),
         lambda is_full: store_hashes(folder, is_full),
         mend=partial(making.mend_store, shop),
+        changed_inputs=changed,
     )
     return Step("extract", "extract the cubes of that backbone", (stage,), lambda _: making.extract(shop))
 
@@ -160,7 +198,7 @@ def _compare_step(shop: making.Workshop, videos: _Videos) -> Step:
             folder := shop.places.comparison(k_shot),
             {**_scored_on(shop), "heads": heads, "k_shot": k_shot, **videos.stated},
             reads,
-            partial(_comparison_hashes, folder),
+            partial(_comparison_hashes, shop, folder),
             is_costly=False,
         )
         for k_shot in compare.shots
@@ -186,16 +224,25 @@ def _run_hashes(folder: Path, _: bool) -> dict[str, str]:
     return run_hashes(folder)
 
 
-def _comparison_hashes(folder: Path, _: bool) -> dict[str, str]:
-    return files_hashes(folder, making.NUM_COMPARISON_FILES)
+def _comparison_hashes(shop: making.Workshop, folder: Path, _: bool) -> dict[str, str]:
+    found = files_hashes(folder, making.NUM_COMPARISON_FILES)
+    refuse_unnoted_comparison(making.compared_runs(shop), folder)
+    return found
+
+
+def _live_hashes(shop: making.Workshop, _: bool) -> dict[str, str]:
+    found = files_hashes(shop.places.live)
+    refuse_unnoted_live(shop.places.backbone, shop.places.live / making.LIVE_FILE)
+    return found
 
 
 def _live_step(shop: making.Workshop) -> Step:
     compare, folder = shop.asked.compare, shop.places.live
-    stated = {**_scored_on(shop), "shots": list(compare.shots)}
+    sizes = _file_sizes(shop.configs, shop.configs.train, (compare.split,))
+    stated = {**_scored_on(shop), "shots": list(compare.shots), **sizes}
     # Its answers are held against those on the cubes, episode by episode.
     reads = ("train.weights", *(f"compare/{k_shot}shot.files" for k_shot in compare.shots))
-    stage = Stage("live", folder, stated, reads, lambda _: files_hashes(folder), is_costly=False)
+    stage = Stage("live", folder, stated, reads, partial(_live_hashes, shop), is_costly=False)
     return Step("live", "score the backbone's run by decoding", (stage,), lambda _: making.score_live(shop))
 
 

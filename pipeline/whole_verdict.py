@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pipeline.console import shortened
 from pipeline.whole_outputs import DAMAGE
 from pipeline.whole_record import Record, is_filled
-from pipeline.whole_stages import Stage
+from pipeline.whole_stages import FILE_SIZES, Stage
 
 Action = Literal["skip", "begin", "go on", "mend", "set aside", "refuse", "wait"]
 SHOWN_DIFFERENCES = 4
@@ -45,9 +46,9 @@ def judge_config(stage: Stage, record: Record | None, redo: Redo) -> Verdict | N
             "refuse", f"{stage.output} holds something that this pipeline did not make. Choose another --out."
         )
     now, then = stage.stated, record.stated
-    differing = [key for key in sorted({*now, *then}) if now.get(key) != then.get(key)]
+    differing = [key for key in sorted({*now, *then}) if _differs(key, now.get(key), then.get(key))]
     if not differing:
-        return None
+        return _judge_inputs(stage, redo)
     shown = [
         f"{key}: then {_short(then.get(key))}, now {_short(now.get(key))}" for key in differing[:SHOWN_DIFFERENCES]
     ]
@@ -57,8 +58,27 @@ def judge_config(stage: Stage, record: Record | None, redo: Redo) -> Verdict | N
         return Verdict("set aside", f"other settings: {what}")
     return Verdict(
         "refuse",
-        f"{stage.output} was made with another config ({what}). Use the one of then, another --out, or --redo {stage.name}, which "
-        "sets it aside and makes it again.",
+        f"{stage.output} was made with another config{' and other videos' * (FILE_SIZES in differing)} ({what}). Use what was used "
+        f"then, another --out, or --redo {stage.name}, which sets it aside and makes it again.",
+    )
+
+
+def _differs(key: str, now: Any, then: Any) -> bool:
+    # Files that cannot be reached now are no others.
+    return bool(now != then and not (key == FILE_SIZES and None in (now, then)))
+
+
+def _judge_inputs(stage: Stage, redo: Redo) -> Verdict | None:
+    changed = stage.changed_inputs()
+    if not changed:
+        return None
+    what = f"{len(changed)} of its videos were made from other files: {shortened(changed)}"
+    if stage.name in redo.later:
+        return Verdict("set aside", what)
+    return Verdict(
+        "refuse",
+        f"{stage.output}: {what}. Put back the files of then, choose another --out, or --redo {stage.name}, which sets it aside and "
+        "makes it again.",
     )
 
 

@@ -44,18 +44,22 @@ ORPHAN_SECONDS = 20.0
 
 
 def kill_many(
-    trainers: Trainers, recipe: Recipe, folder: Path, num_trials: int, seed: int, has_fresh: bool = True
+    trainers: Trainers, recipe: Recipe, folder: Path, num_trials: int, seed: int, fresh_every: int = FRESH_EVERY
 ) -> Tally:
-    """SIGKILL at random instants, before the beginning and after the end too."""
+    """SIGKILL at random instants, before the beginning and after the end too.
+
+    Args:
+        fresh_every: see `FRESH_EVERY`; 0: all processes are forked.
+    """
     draws = random.Random(f"kills {recipe.mode} {seed}")
     with timed(Tally()) as tally:
         fresh_seconds = recipe.seconds
-        if has_fresh:
+        if fresh_every:
             run = empty_run(folder / "fresh")
             fresh_seconds = trainers.run(recipe, run, is_fresh=True)
             tally.bad += [f"{recipe.mode}, a process of its own: {line}" for line in recipe.differences(run)]
         for trial in range(num_trials):
-            is_fresh = has_fresh and trial % FRESH_EVERY == FRESH_EVERY - 1
+            is_fresh = fresh_every > 0 and trial % fresh_every == fresh_every - 1
             run = empty_run(folder / "killed")
             num_kills = draws.randint(2, 5) if draws.random() < SHARE_OF_REPEATS else 1
             found, generators = [], None
@@ -151,7 +155,8 @@ def damage_many(trainers: Trainers, recipe: Recipe, folder: Path, num_trials: in
             _kill(recipe, trainer, run, draws, recipe.seconds, tally)
             folder_of_one = draws.choice(recipe.folders(run))
             last = folder_of_one / "last.pt"
-            if not (folder_of_one / "previous.pt").is_file():
+            previous = folder_of_one / "previous.pt"
+            if not previous.is_file():
                 continue  # too early: there is one checkpoint, or none
             content = load_checkpoint(last)
             where = f"{recipe.mode}, damage trial {tally.trials} ({_damage(folder_of_one, draws)})"

@@ -1,10 +1,10 @@
-"""Augmentation: what happens to a clip depends on the seed, its video and its view, and on nothing else in the process."""
+"""Augmentation: what happens to a clip depends on the seed, its video, its view and its episode, and on nothing else."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,13 +18,16 @@ from configs.training import AugmentationConfig
 from contracts.world import World
 from episodes.sampler import draw_views
 from pipeline.augmentation import Augmentation
+from pipeline.batches import TrainingBatches
+from pipeline.classify import clip_sampler
 from pipeline.extraction import video_sources
 from pipeline.own_draws import OwnDraws
-from pipeline.setup import make_sampler
+from pipeline.setup import global_index, make_sampler
 from pipeline.sources import LiveClips, assemble
 
 SIDE = 24
-KEYS = [("a", 1), ("b", 2), ("a", 3), ("c", 1), ("c", 0), ("b", 7)]
+KEYS = [("a", 1, 0), ("b", 2, 0), ("a", 3, 1), ("c", 1, 4), ("c", 0, 4), ("b", 7, 9)]
+"""Video, view and episode."""
 OPERATIONS: dict[str, dict[str, Any]] = {
     "colours": {"color_jitter": 0.4},
     "rand_augment": {"rand_augment": 2, "rand_augment_magnitude": 12},
@@ -74,15 +77,48 @@ def test_clip_does_not_depend_on_what_else_goes_on(clips: Tensor, name: str) -> 
         assert torch.equal(alone[0], together[place])
 
 
-def test_seed_video_and_view_each_decide(clips: Tensor) -> None:
+def test_seed_video_view_and_episode_each_decide(clips: Tensor) -> None:
     clip = clips[:1]
     found = {
-        augmentation(seed=seed)(clip, [(video_id, view)]).numpy().tobytes()
+        augmentation(seed=seed)(clip, [(video_id, view, episode)]).numpy().tobytes()
         for seed in (0, 1)
         for video_id in ("a", "b")
         for view in (1, 2)
+        for episode in (0, 7)
     }
-    assert len(found) == 8
+    assert len(found) == 16
+
+
+@pytest.mark.parametrize("mode", ["end_to_end", "classify"])
+def test_view_that_is_drawn_again_is_augmented_anew_by_the_episode_it_is_in(world: World, mode: str) -> None:
+    config = world.config(f"training.mode={mode}", "episodes.train_views=2", "augmentation.color_jitter=0.4")
+    is_classification = mode == "classify"
+    sampler = (
+        clip_sampler(config, world.manifest) if is_classification else make_sampler(config, world.manifest, "train")
+    )
+    keys: list[tuple[str, int, int]] = []
+
+    def note(clips: Tensor, given: Sequence[tuple[str, int, int]]) -> Tensor:
+        keys.extend(given)
+        return clips
+
+    with LiveClips(video_sources(world.manifest), config.sampling) as source:
+        batches = TrainingBatches(sampler, source, global_index(config, world.manifest), 2, augment=note)
+        batches.make(range(40, 43))
+        expected = [
+            (video_id, view, index)
+            for index in range(40, 43)
+            for episode in [batches.describe(index)]
+            for video_id, view in zip([*episode["support_ids"], *episode["query_ids"]], episode["views"], strict=True)
+        ]
+    assert keys == expected
+
+
+@pytest.mark.parametrize("scale", [[0.0, 1.0], [-0.1, 0.5], [0.8, 0.5], [0.5, 1.1]])
+def test_impossible_shares_of_the_area_are_refused_when_the_config_is_built(world: World, scale: list[float]) -> None:
+    with pytest.raises(ConfigError, match=r"augmentation\.crop_scale = .*above 0"):
+        world.config("training.mode=end_to_end", "episodes.train_views=9", f"augmentation.crop_scale={scale}")
+    assert AugmentationConfig(crop_scale=(1.0, 1.0)).crop_scale == (1.0, 1.0)
 
 
 @pytest.fixture
@@ -132,7 +168,7 @@ def test_number_of_torchs_threads_changes_no_pixel() -> None:
     found = []
     for count in (1, 2):
         torch.set_num_threads(count)
-        found.append(Augmentation(config, 0, 224)(clips, [("a", 1), ("b", 4)]))
+        found.append(Augmentation(config, 0, 224)(clips, [("a", 1, 0), ("b", 4, 0)]))
     torch.set_num_threads(num_threads)
     assert torch.equal(found[0], found[1])
 
@@ -149,7 +185,7 @@ def test_augmentation_that_is_off_touches_nothing(world: World, clips: Tensor) -
     off = AugmentationConfig()
     assert Augmentation.of(world.config("training.mode=end_to_end", "episodes.train_views=9")) is None
     assert Augmentation(off, 0, SIDE)(clips, KEYS) is clips
-    assert augmentation()(clips, [("a", 0)] * 6) is clips
+    assert augmentation()(clips, [("a", 0, 0)] * 6) is clips
 
 
 def test_augmentation_that_would_meet_view_0_alone_is_refused(world: World) -> None:

@@ -37,7 +37,7 @@ def test_each_write_leaves_the_one_before_it(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
 
 
-def test_a_write_after_one_that_was_killed_between_its_renames_leaves_no_litter(tmp_path: Path) -> None:
+def test_a_write_over_two_names_of_one_file_leaves_no_litter(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "last.pt", content_of(0))
     (tmp_path / "previous.pt").hardlink_to(tmp_path / "last.pt")
     save_checkpoint(tmp_path / "last.pt", content_of(1), keep=tmp_path / "previous.pt")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +22,15 @@ from contracts.rank_jobs import train_and_evaluate
 from contracts.rank_processes import run_ranks
 from contracts.world import World
 from episodes.build import build_head
-from episodes.datasets import read_manifest, write_manifest
+from episodes.clip_sampler import ClipSampler
+from episodes.datasets import Manifest, Video, read_manifest, write_manifest
+from episodes.head import HeadInputs
+from episodes.linear import LinearClassifier, LinearOptions
 from episodes.sampler import SamplerError, draw_views
 from extract.build import build_backbone
 from extract.transform import to_input
 from pipeline import training, training_job
+from pipeline.batches import TrainingBatches
 from pipeline.checkpoint import CheckpointError, load_checkpoint
 from pipeline.classify import clip_sampler
 from pipeline.classify_model import ClassifierModel
@@ -37,7 +41,7 @@ from pipeline.interrupts import Stopped
 from pipeline.model import FewShotModel, preprocessing_of
 from pipeline.scoring import evaluate_run, load_run
 from pipeline.settings import SetupError
-from pipeline.setup import make_sampler, prepare
+from pipeline.setup import global_index, make_sampler, prepare
 from pipeline.sources import LiveClips
 
 CPU = torch.device("cpu")
@@ -192,9 +196,16 @@ def test_mixed_clips_change_training_alone(world: World) -> None:
     assert isinstance(place.source, LiveClips)
     sampler = clip_sampler(config, place.manifest)
     with place.source as clips:
-        before = score_videos(place.model.eval(), clips, sampler, config.classify, CPU)
-        place.model.mixing = None
-        assert score_videos(place.model, clips, sampler, config.classify, CPU) == before
+        batches = TrainingBatches(sampler, clips, global_index(config, place.manifest), 1)
+        batch = batches.make(range(4))
+    found = {}
+    with torch.no_grad():
+        for is_mixed in (True, False):
+            place.model.mixing = place.model.mixing if is_mixed else None
+            for is_training in (True, False):
+                found[is_mixed, is_training] = place.model.train(is_training)(batch).logits
+    assert torch.equal(found[True, False], found[False, False])
+    assert not torch.allclose(found[True, True], found[False, True])
 
 
 def without_validation_classes(world: World, folder: Path) -> str:
@@ -278,7 +289,10 @@ class _Grey:
     def __init__(self, levels: Mapping[str, Sequence[int]]) -> None:
         self.levels = levels
 
-    def read_scoring(self, video_ids: Sequence[str], num_clips: int, num_crops: Literal[1, 3]) -> Tensor:
+    def read_scoring(
+        self, video_ids: Sequence[str], num_clips: int, num_crops: Literal[1, 3], while_waiting: Callable[[], None]
+    ) -> Tensor:
+        del while_waiting
         rows = torch.tensor([self.levels[name] for name in video_ids], dtype=torch.uint8)
         assert rows.shape[1] == num_clips * num_crops
         return rows[:, :, None, None, None, None].expand(-1, -1, 2, 4, 4, 3)
@@ -309,6 +323,30 @@ def test_held_out_score_averages_probabilities_over_clips_and_crops(world: World
     assert found.top1 == pytest.approx(sum(right) / 6)
     assert found.interval95 == pytest.approx(1.96 * (found.top1 * (1 - found.top1) / 6) ** 0.5)
     assert (found.top5, found.videos) == (None, 6)
+
+
+@pytest.mark.parametrize(("num_classes", "top5"), [(9, None), (10, 0.5), (20, 0.25)])
+def test_held_out_video_is_among_the_likeliest_five_where_at_most_four_classes_are_ahead(
+    num_classes: int, top5: float | None
+) -> None:
+    names = [f"class{number:02}" for number in range(num_classes)]
+    videos = tuple(
+        Video(f"{name}/{number}", f"{name}{number}.mp4", name, "train") for name in names for number in (0, 1)
+    )
+    sampler = ClipSampler(Manifest(videos, Path()), 0.5)
+    linear = LinearClassifier(
+        LinearOptions(), HeadInputs((1, 1, 1, 1), num_classes, generator=torch.Generator().manual_seed(0))
+    )
+    with torch.no_grad():
+        linear.linear.weight.zero_()
+        linear.linear.bias.copy_(-torch.arange(num_classes))  # as many classes are ahead of one as its number says
+    model = ClassifierModel(_Encoder(), linear, build_head("protonet", {}, (1, 1, 1, 1), None, True))
+    clips = _Grey({video.video_id: [100] for video in videos})
+    score = score_videos(model, clips, sampler, ClassifyConfig(holdout=0.5), CPU)
+    assert score.videos == num_classes
+    assert score.top1 == pytest.approx(1 / num_classes)
+    assert score.top5 == (None if top5 is None else pytest.approx(top5))
+    assert score.line.get("heldout_top5") == score.top5
 
 
 def test_place_of_a_label_counts_the_classes_ahead_of_it() -> None:

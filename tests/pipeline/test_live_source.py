@@ -10,17 +10,19 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from tracemalloc import DomainFilter
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from contracts.child_processes import children_of, is_running, wait_until
 from contracts.world import World, write_clip
 from extract import decode, pool
 from extract.clips import View, scoring_views
@@ -44,30 +46,6 @@ def expected(world: World, ids: Sequence[str], views: Sequence[int]) -> torch.Te
     videos = video_sources(world.manifest)
     clips = [read_views(videos[video_id], SAMPLING, [view]).clips[0] for video_id, view in zip(ids, views, strict=True)]
     return torch.from_numpy(np.stack(clips))
-
-
-def state_and_parent(pid: int) -> list[str]:
-    """Of a process; nothing where it is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-
-
-def is_running(pid: int) -> bool:
-    return state_and_parent(pid)[:1] not in ([], ["Z"])
-
-
-def children_of(parent: int) -> set[int]:
-    """Processes that run, of this parent."""
-    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    return {pid for pid in pids if state_and_parent(pid)[1:] == [str(parent)] and is_running(pid)}
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """The suite's own time limit ends a wait that is in vain."""
-    while not condition():
-        time.sleep(0.01)
 
 
 class Decoding:
@@ -143,6 +121,23 @@ def test_latest_clips_stay_in_memory_up_to_the_limit(world: World, decoding: Dec
     assert decoding.count == Counter({("right/0", 0): 1, ("right/1", 0): 2, ("right/2", 0): 1})
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_memory_holds_the_kept_clips_and_not_all_that_was_decoded_with_them(world: World, workers: int) -> None:
+    limit = 3 * CLIP_BYTES
+    with live(world, workers, cache_bytes=limit) as clips:
+        clips.read(["right/0"], [0])
+        tracemalloc.start()
+        try:
+            for video_id in ("right/0", "left/1", "down/2"):
+                clips.read([video_id] * 30, range(1, 31))
+            clips.close()  # the threads hold nothing any more
+            arrays = tracemalloc.take_snapshot().filter_traces([DomainFilter(True, np.lib.tracemalloc_domain)])
+        finally:
+            tracemalloc.stop()
+        held = sum(trace.size for trace in arrays.traces)
+    assert CLIP_BYTES <= held <= 2 * limit  # the clips, and what little else NumPy keeps
+
+
 def test_processes_start_with_the_first_read_and_end_with_close(world: World) -> None:
     before = children_of(os.getpid())
     clips = live(world, 2)
@@ -212,7 +207,13 @@ def test_bad_video_is_named_with_its_reason_and_the_way_out(broken_world: World)
         with pytest.raises(SourceError) as refused:
             clips.read(["right/1", "left/1", "down/0"], [0, 0, 0])
         assert str(refused.value).startswith("video left/1 cannot be used: not_a_video: ")
-        assert "mastaf dataset exclude" in str(refused.value)
+        for way_out in (
+            "goes on with --resume",
+            "mastaf dataset exclude",
+            "a new run (another --out, ",
+            "training.initial_weights",
+        ):
+            assert way_out in str(refused.value)
         assert clips.read(["right/1", "down/0"], [0, 1]).shape == (2, 4, 24, 24, 3)
         assert list(clips.failed) == ["left/1"]
         assert clips.num_second_tries == 0

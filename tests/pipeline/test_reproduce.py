@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 import sys
@@ -15,9 +16,10 @@ import pytest
 import torch
 
 import cli
-from contracts.made_runs import MadeRuns
+from contracts.made_runs import MadeRuns, train_run
 from contracts.world import World
 from pipeline import training
+from pipeline.card_checks import contradictions
 from pipeline.card_reading import read_card
 from pipeline.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.outcomes import bits_digest, read_outcomes
@@ -25,6 +27,7 @@ from pipeline.run_page import to_markdown
 from pipeline.train_command import evaluate_folder
 
 Run = Callable[..., tuple[int, str, str]]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +56,13 @@ def mastaf(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         monkeypatch.setattr(sys, "argv", ["mastaf", *map(str, arguments)])
         # The program's own handlers stay out of this process.
         monkeypatch.setattr(signal, "signal", lambda *_: None)
-        with pytest.raises(SystemExit) as stop:
+        code = 0
+        try:
             cli.main()
+        except SystemExit as stop:
+            code = int(str(stop.code))
         printed = capsys.readouterr()
-        return int(str(stop.value.code)), printed.out, printed.err
+        return code, printed.out, printed.err
 
     return call
 
@@ -168,6 +174,10 @@ TAMPERED: dict[str, Callable[[dict[str, Any]], None]] = {
     "val: test-selected number": lambda card: card.update(test_selected_accuracy_published_protocol=0.99),
     "val: weights": lambda card: card.update(best_weights_sha256="0" * 64),
     "val: config": lambda card: card["config"]["training"].update(learning_rate=0.5),
+    "val: table of the config": lambda card: card["config"].pop("sampling"),
+    "test: no validation, but its accuracy": lambda card: card.update(validation=None, val_accuracy=0.99),
+    "test: no validation": lambda card: card.update(validation=None, val_accuracy=None, val_interval95=None),
+    "test: evaluation of the validation": lambda card: card["validation"].update(accuracy=0.99),
 }
 """With the split whose evaluations are run again: whatever is wrong elsewhere is found beside them."""
 
@@ -179,6 +189,118 @@ def test_tampered_number_is_found(mastaf: Run, run: Path, what: str) -> None:
     assert code == 1, err
     assert [line for line in out.splitlines() if line.startswith(("DIFFERS", "WRONG"))]
     assert out.splitlines()[-1].endswith("not identical")
+
+
+@pytest.fixture(scope="module")
+def classified(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classification run with held-out videos; read only."""
+    folder = tmp_path_factory.mktemp("classified") / "run"
+    options = ("training.episodes=6", "training.validate_every=3", "training.validation_episodes=6")
+    training.train(world.config("training.mode=classify", "classify.holdout=0.25", *options), folder, CPU)
+    evaluate_folder(folder, None, 8, None, None, None, None, "cpu")
+    return folder
+
+
+TAMPERED_EVERYWHERE: dict[str, object] = {
+    "mode": "end_to_end", "head": "mastaf", "head_options": {"distance": "none"}, "num_parameters": 7,
+    "episodes": 9, "best_episode": 99, "selected_on": "nothing", "validation_episodes": 7, "seconds": 1.0,
+    "resumptions": 5, "started_utc": "2000-01-01", "second_tries": 3, "lost_decoding_processes": 3,
+    "last_weights_sha256": "0" * 64, "best_weights_sha256": "0" * 64, "store_content_hash": "0" * 64,
+    "store_fingerprint": "0" * 64, "split_hash": "0" * 64, "degraded_videos": {"up/1": "short_video"},
+    "val_accuracy": 0.99, "val_interval95": 0.001, "test_selected_accuracy_published_protocol": 0.99,
+}  # fmt: skip
+TAMPERED_HELD_OUT = {"heldout_top1": 0.99, "heldout_interval95": 0.001, "heldout_videos": 99, "heldout_top5": 0.99}
+
+
+@pytest.mark.parametrize("kind", ["cached", "classify"])
+def test_every_key_is_held_against_the_files_of_the_run(scored: Path, classified: Path, kind: str) -> None:
+    folder, tampered = scored, TAMPERED_EVERYWHERE
+    if kind == "classify":
+        folder, tampered = classified, {**TAMPERED_EVERYWHERE, **TAMPERED_HELD_OUT}
+    card = read_card(folder)
+    assert contradictions(folder, card, card["num_parameters"]) == []
+    for key, value in tampered.items():
+        assert card.get(key) != value
+        wrong = contradictions(folder, {**card, key: value}, card["num_parameters"])
+        assert [each for each in wrong if "card.md" not in each], key
+
+
+def test_card_lacking_what_its_version_has_is_found(classified: Path) -> None:
+    card = read_card(classified)
+    for key in ("heldout_top1", "degraded_videos", "validation", "config", "last_weights_sha256"):
+        less = {name: value for name, value in card.items() if name != key}
+        wrong = contradictions(classified, less, card["num_parameters"])
+        assert [each for each in wrong if "card.md" not in each], key
+
+
+def test_held_out_videos_are_classified_once_more(mastaf: Run, classified: Path, tmp_path: Path) -> None:
+    code, out, _ = mastaf("reproduce", classified, "--device", "cpu")
+    assert code == 0, out
+    assert "all 3 videos" in out
+    run = Path(shutil.copytree(classified, tmp_path / "run"))
+    claimed = 2 / 3 if read_card(run)["heldout_top1"] < 0.5 else 0.0
+    rewrite(run, lambda card: card.update(heldout_top1=claimed))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    changed = [{**line, "heldout_top1": claimed} if "heldout_top1" in line else line for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+    code, out, _ = mastaf("reproduce", run, "--device", "cpu")
+    assert code == 1
+    assert [line.split(",")[0] for line in out.splitlines() if line.startswith(("DIFFERS", "WRONG"))] == [
+        "DIFFERS    held-out videos of the training classes"
+    ]
+
+
+def test_held_out_videos_alone_are_enough_to_reproduce(mastaf: Run, classified: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(classified, tmp_path / "run"))
+    rewrite(run, lambda card: card.update(evaluations=[], validation=None))
+    code, out, _ = mastaf("reproduce", run, "--device", "cpu")
+    assert code == 1  # a validation split chose this one's checkpoint
+    assert out.startswith("identical  held-out videos")
+
+
+def test_store_that_has_grown_is_named_and_no_difference(mastaf: Run, run: Path) -> None:
+    """Where last.pt is gone, nothing says what the store was."""
+    (run / "last.pt").unlink()
+    rewrite(run, lambda card: card.update(store_content_hash="0" * 64))
+    code, out, _ = mastaf("reproduce", run, "--device", "cpu", "--split", "val")
+    assert code == 0
+    assert f"changed    store content hash: card {'0' * 64}" in out
+
+
+@pytest.mark.parametrize("command", ["evaluate", "reproduce", "train"])
+def test_commands_of_the_card_run_in_the_folder_that_holds_the_run(
+    mastaf: Run, made: MadeRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Whatever was given relative to another folder while the run was made."""
+    (tmp_path / "data").mkdir()
+    shutil.copytree(made.store_path, tmp_path / "data/cubes.zarr")
+    shutil.copy(made.world.manifest_path, tmp_path / "data/videos.csv")
+    shutil.copy(made.heads[1] / "best.pt", tmp_path / "data/start.pt")
+    monkeypatch.chdir(tmp_path / "data")
+    world = World(tmp_path / "data", Path("videos.csv"))
+    options = ('training.initial_weights="start.pt"', "head.name=mastaf", "training.episodes=3")
+    run = train_run(world, Path("cubes.zarr"), tmp_path / "runs/one", *options)
+    evaluate_folder(run, None, 10, None, None, "cubes.zarr", "videos.csv", "cpu")
+    monkeypatch.chdir(run.parent)
+    program, *arguments = shlex.split(read_card(run)["commands"][command])
+    assert program == "mastaf"
+    code, out, err = mastaf(*arguments, "--device", "cpu")
+    assert code == 0, out + err
+
+
+def test_evaluation_on_a_store_beside_the_run_moves_with_it(
+    mastaf: Run, made: MadeRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    run = Path(shutil.copytree(made.heads[0], first / "run"))
+    shutil.copytree(made.store_path, first / "data/cubes.zarr")
+    monkeypatch.chdir(first / "data")
+    evaluate_folder(run, None, 10, None, None, "cubes.zarr", None, "cpu")
+    assert read_card(run)["evaluations"][0]["store"] == "../data/cubes.zarr"
+    first.rename(second)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = mastaf("reproduce", "second/run", "--device", "cpu", "--split", "test")
+    assert code == 0, out + err
 
 
 def test_page_that_says_something_else_is_found(mastaf: Run, run: Path) -> None:
@@ -227,6 +349,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda run: rewrite(run, lambda card: card["validation"].update(episodes=-1), False),
         "damaged",
     ),
+    "unknown table": (lambda run: rewrite(run, lambda card: card["config"].update(moon={})), "'moon'"),
     "no evaluation": (without_evaluations, "mastaf evaluate"),
     "no checkpoint": (lambda run: (run / "best.pt").unlink(), "best.pt"),
 }

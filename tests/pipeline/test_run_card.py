@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ import torch
 from cache.open import open_store
 from configs.load import load_config
 from contracts.made_runs import NUM_EPISODES, MadeRuns
+from contracts.world import World, write_clip
 from pipeline import training
 from pipeline.card_reading import CardError, read_card
 from pipeline.checkpoint import load_checkpoint
+from pipeline.clip_decoder import ClipDecoder
 from pipeline.outcomes import bits_digest, parting, read_outcomes
 from pipeline.run_page import to_markdown
 from pipeline.scoring import evaluate_run, load_run
-from pipeline.train_command import evaluate_folder
+from pipeline.sources import LiveClips
+from pipeline.train_command import evaluate_folder, train_recipe
 
 CPU = torch.device("cpu")
 OF_VERSION_ONE = {
@@ -162,6 +166,63 @@ def test_page_holds_no_path_of_the_machine_and_whole_tables(run: Path, made: Mad
             assert bars == columns
         else:
             columns = 0
+
+
+def test_page_shows_other_data_in_the_words_of_whoever_gave_them(
+    run: Path, made: MadeRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere/data"
+    shutil.copytree(made.store_path, elsewhere / "cubes.zarr")
+    shutil.copy(made.world.manifest_path, elsewhere / "videos.csv")
+    (tmp_path / "runs").mkdir()
+    moved = Path(shutil.move(run, tmp_path / "runs/run"))
+    monkeypatch.chdir(elsewhere)
+    evaluated(moved, store_path="cubes.zarr", manifest="videos.csv")
+    text = (moved / "card.md").read_text()
+    assert str(tmp_path) not in text
+    assert str(made.store_path.parent) not in text
+    assert "store cubes.zarr, manifest videos.csv" in text
+    entry = read_card(moved)["evaluations"][0]
+    assert entry["store"] == str(elsewhere / "cubes.zarr")
+    assert entry["manifest"] == str(elsewhere / "videos.csv")
+
+
+def test_page_says_over_what_the_interval_of_held_out_videos_is_and_whether_they_chose(run: Path) -> None:
+    card = {**read_card(run), "heldout_top1": 0.5, "heldout_interval95": 0.1, "heldout_videos": 12}
+    assert "over the videos" not in to_markdown(read_card(run))
+    for selected_on, has_chosen in (("val", False), ("held-out videos", True)):
+        text = to_markdown({**card, "selected_on": selected_on, "val_accuracy": None})
+        row = next(line for line in text.splitlines() if line.startswith("| held-out videos"))
+        assert "12 videos of the training classes, classified; ± over these videos" in row
+        assert ("chose the checkpoint, so a little too high" in row) == has_chosen
+        assert "interval over episodes, of held-out videos over the videos." in text
+
+
+def test_card_keeps_what_an_earlier_call_met(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A video that was short when the run began, and what was counted then."""
+    own = World(Path(shutil.copytree(world.folder, tmp_path / "world")), tmp_path / "world/videos.csv")
+    write_clip(own.folder / "videos/up/1.mp4", "up", 1, num_frames=3)
+    options = ("training.mode=end_to_end", "training.validate_every=3", "training.validation_episodes=2")
+    train = partial(training.train, folder=tmp_path / "run", device=CPU)
+    card = train(own.config(*options, "training.episodes=3"))
+    assert (card["second_tries"], card["lost_decoding_processes"]) == (0, 0)
+    assert card["degraded_videos"] == {"up/1": "short_video"}
+    assert "decoding" not in (tmp_path / "run/card.md").read_text()
+    write_clip(own.folder / "videos/up/1.mp4", "up", 1)
+    monkeypatch.setattr(LiveClips, "num_second_tries", 3)
+    monkeypatch.setattr(ClipDecoder, "num_restarts", 1)
+    for episodes, times in ((6, 1), (9, 2)):
+        card = train(own.config(*options, f"training.episodes={episodes}"), resume=True)
+        assert card["degraded_videos"] == {"up/1": "short_video"}
+        assert (card["second_tries"], card["lost_decoding_processes"]) == (3 * times, times)
+    assert "| decoding | 6 videos decoded at a second try, 2 decoding processes lost |" in to_markdown(card)
+    capsys.readouterr()
+    overrides = ("training.episodes=12",)
+    train_recipe(str(tmp_path / "run/config.toml"), tmp_path / "run", True, "cpu", overrides)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "9 videos decoded at a second try, 3 decoding processes lost" in last
 
 
 def test_names_of_the_users_do_not_break_the_page(run: Path) -> None:

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import cli
 from cache.open import open_store
-from configs.load import to_toml
+from configs.load import load_config, to_toml
 from contracts.made_runs import MadeRuns
 from pipeline import run_log, training
 from pipeline.csv_log import CsvFile
@@ -242,6 +242,16 @@ def test_logs_take_no_signals_and_leave_no_threads(tmp_path: Path) -> None:
     written(tmp_path, 3)
     assert [signal.getsignal(number) for number in numbers] == handlers
     assert set(threading.enumerate()) <= threads
+
+
+def test_clips_per_second_times_the_seconds_are_the_clips_of_a_step(made: MadeRuns) -> None:
+    config = load_config(made.heads[1] / "config.toml")
+    episodes, per_step = config.episodes, config.training.episodes_per_step
+    num_clips = per_step * episodes.n_way * (episodes.k_shot + episodes.n_query)
+    rows = table(made.heads[1] / "steps.csv")
+    assert len(rows) == 2
+    for row in rows:
+        assert float(row["clips_per_second"]) * float(row["seconds_step"]) == pytest.approx(num_clips)
 
 
 def test_stopped_and_resumed_training_has_the_logs_of_an_uninterrupted_one(made: MadeRuns, tmp_path: Path) -> None:

@@ -226,7 +226,8 @@ def test_an_episode_that_is_not_finite_is_named_by_every_rank(bench: Bench, tmp_
 
 def test_a_video_that_one_rank_cannot_read_ends_all_and_the_run_goes_on_when_it_is_mended(tmp_path: Path) -> None:
     world = make_world(tmp_path / "world")
-    knobs = (*END_TO_END, "training.episodes=6", "training.episodes_per_step=2")
+    steps = ("training.episodes=6", "training.episodes_per_step=2")
+    knobs = (*END_TO_END, *steps, "training.check_videos=false")
     config, video_id = with_a_video_first_seen_in_episode(3, world, *knobs)
     whole = run_ranks(2, train_runs, [(config, tmp_path / "whole/run")])
     path = world.folder / f"videos/{video_id}.mp4"

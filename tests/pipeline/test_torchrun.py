@@ -120,7 +120,8 @@ def test_training_and_scoring_speak_with_one_voice(recipe: Path, tmp_path: Path)
     redirected = ("--redirects", "3", "--log-dir", tmp_path / "logs")
     short = ("--set", "training.episodes=8")
     with torchrun(tmp_path, "train", recipe, "--out", tmp_path / "run", *short, options=redirected) as job:
-        assert job.ended()[0] == 0
+        code, errors = job.ended()
+        assert code == 0, errors
     said = {path.parent.name: path.read_text() for path in tmp_path.glob("logs/*/attempt_0/*/stderr.log")}
     assert said.keys() == {"0", "1"}
     assert said["1"] == ""
@@ -128,7 +129,8 @@ def test_training_and_scoring_speak_with_one_voice(recipe: Path, tmp_path: Path)
     assert not any(path.read_text() for path in tmp_path.glob("logs/*/attempt_0/*/stdout.log"))
     with torchrun(tmp_path, "evaluate", tmp_path / "run", "--episodes", 70, "--split", "test", "--json") as job:
         output, _ = job.process.communicate(timeout=PATIENCE_SECONDS)
-        assert job.ended()[0] == 0
+        code, errors = job.ended()
+        assert code == 0, errors
     scored, _ = evaluate_run(load_run(tmp_path / "run", CPU), "test", 70, CPU)
     assert json.loads(output) == {"run": str(tmp_path / "run"), **scored}
 

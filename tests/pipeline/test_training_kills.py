@@ -65,7 +65,7 @@ def folder(scratch: Path) -> Iterator[Path]:
 def test_run_that_is_killed_at_random_instants_ends_as_if_it_had_not_been(
     trainers: Trainers, recipe_of: Recipes, folder: Path
 ) -> None:
-    tally = kill_many(trainers, recipe_of("cached"), folder, 6, seed=1, has_fresh=False)
+    tally = kill_many(trainers, recipe_of("cached"), folder, 6, seed=1, fresh_every=0)
     assert tally.bad == []
     assert tally.kills >= 6
     assert evaluate_both(trainers, recipe_of("cached"), folder / "killed" / "run") == []
@@ -154,8 +154,7 @@ def test_stop_while_the_test_split_is_scored_keeps_the_best_checkpoint(
 def test_modes_go_on_after_kills_in_forked_and_in_fresh_processes(
     trainers: Trainers, recipe_of: Recipes, folder: Path, mode: str
 ) -> None:
-    is_cached = mode == "cached"
-    tally = kill_many(trainers, recipe_of(mode), folder, 20 if is_cached else 6, seed=2, has_fresh=is_cached)
+    tally = kill_many(trainers, recipe_of(mode), folder, 6, seed=2, fresh_every=6 if mode == "cached" else 0)
     assert tally.bad == []
     assert tally.in_a_write >= 1
     assert sum(tally.places[place] for place in ("train", "validate", "finish")) >= 3
@@ -203,8 +202,8 @@ def test_every_step_of_a_checkpoint_is_among_the_points_of_attack(
         ("write", ".last.pt.*.partial"),
         ("fsync", ".last.pt.*.partial"),
         ("link", ".previous.pt.*.partial"),
-        ("rename", "previous.pt"),
         ("rename", "last.pt"),
+        ("rename", "previous.pt"),
         ("fsync", "run"),
         ("rename", "best.pt"),
         ("rename", "card.json"),

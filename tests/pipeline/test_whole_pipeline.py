@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,17 @@ import cli
 from cache.open import open_store
 from configs.load import ConfigError, to_toml
 from configs.whole import load_pipeline, pipeline_folder
-from contracts.world import World, make_world
+from contracts.world import World, make_world, write_clip
+from pipeline import whole_making, whole_pipeline
 from pipeline.checkpoint import load_checkpoint
+from pipeline.interrupts import Stopped
+from pipeline.provenance import code_version
+from pipeline.reproduce_command import reproduce
 from pipeline.run_lock import locked
 from pipeline.settings import SetupError
+from pipeline.training import train
 from pipeline.whole_configs import load_configs
+from pipeline.whole_outputs import weights_name
 from pipeline.whole_pipeline import run_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,6 +142,7 @@ def test_one_command_trains_caches_trains_again_and_compares(finished: Path) -> 
         assert compared["episode_hash"] == report["episode_hash"][k_shot] == report["live"][k_shot]["episode_hash"]
     assert all(step["seconds"] > 0 for step in report["stages"])
     assert all(row["training_seconds"] > 0 for row in report["rows"])
+    assert report["code_version"] == code_version()
     with open_store(finished / "cubes.zarr") as store:
         assert store.pending() == []
         assert store.spec.fingerprint == report["store_fingerprint"]
@@ -146,10 +154,28 @@ def test_one_command_trains_caches_trains_again_and_compares(finished: Path) -> 
     assert report["split_hash"][:12] in text
 
 
+def test_cards_hold_the_scores_of_the_report_and_can_be_reproduced(finished: Path) -> None:
+    rows = results(report_of(finished))
+    for folder, row in (
+        ("backbone", "mastaf end to end, by decoding"),
+        ("heads/neighbor", "neighbor on the cubes"),
+        ("heads/mastaf", "mastaf on the cubes"),
+    ):
+        noted = json.loads((finished / folder / "card.json").read_text())["evaluations"]
+        assert {str(each["k_shot"]): each["accuracy"] for each in noted} == {
+            k_shot: score["accuracy"] for k_shot, score in rows[row].items()
+        }
+        assert [each["store"] is None for each in noted] == [folder == "backbone"] * 2
+        found = reproduce(finished / folder, "cpu")
+        assert found.is_identical, found
+        assert len(found.evaluations) == 3
+
+
 def test_second_run_skips_every_stage_and_writes_none_of_its_files(
-    file: Path, again: Path, capsys: pytest.CaptureFixture[str]
+    file: Path, again: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, before = report_of(again), files_of(again)
+    monkeypatch.setattr(whole_pipeline, "code_version", lambda: "of a call that makes nothing")
     second = run(file, again)
     said = capsys.readouterr().err
     assert made(second) == []
@@ -159,6 +185,7 @@ def test_second_run_skips_every_stage_and_writes_none_of_its_files(
     assert results(second) == results(first)
     assert [step["seconds"] for step in second["stages"]] == [step["seconds"] for step in first["stages"]]
     assert (again / "report.md").read_text().count("| skipped |") == 5
+    assert second["code_version"] == first["code_version"]
 
 
 def test_changed_recipe_is_refused_before_any_work_and_redone_on_request(
@@ -171,6 +198,8 @@ def test_changed_recipe_is_refused_before_any_work_and_redone_on_request(
     with pytest.raises(SetupError, match=r"training\.learning_rate: then 0\.01, now 0\.5.*--redo heads/neighbor"):
         run(file, out)
     assert files_of(out) == before
+    with pytest.raises(SetupError, match=r"extraction\.seconds_per_video: then 120\.0, now 60\.0.*--redo extract"):
+        run(write_files(world, tmp_path / "others"), out, "pipeline.set_extract.extraction.seconds_per_video=60")
     report = run(file, out, redo=("heads",))
     assert made(report) == ["heads/neighbor", "heads/mastaf", "compare/1shot", "compare/2shot", "live"]
     assert {path.name for path in (out / "set_aside").iterdir()} == {
@@ -182,13 +211,45 @@ def test_changed_recipe_is_refused_before_any_work_and_redone_on_request(
     )
 
 
-def test_redone_stage_lets_everything_after_it_change_too(file: Path, again: Path) -> None:
+def stopped_after_lines(count: int) -> Callable[..., Any]:
+    """Training that gets SIGTERM at one of the lines that it reports."""
+
+    def stopping(*arguments: Any) -> Any:
+        *others, report = arguments
+        left = count
+
+        def ticking(line: Any) -> None:
+            nonlocal left
+            report(line)
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        options: Any = (*others, ticking)
+        return train(*options)
+
+    return stopping
+
+
+def test_redone_stage_lets_everything_after_it_change_too_though_it_is_stopped(
+    file: Path, again: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(SetupError, match=r"backbone was made with another config \(training\.seed: then 0, now 5\)"):
         run(file, again, "training.seed=5")
     with pytest.raises(SetupError, match=r"no such stage; the stages are train, extract, heads"):
         run(file, again, redo=("trian",))
-    report = run(file, again, "training.seed=5", redo=("train",))
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_making, "train", stopped_after_lines(2))
+        with pytest.raises(Stopped):
+            run(file, again, "training.seed=5", redo=("train",))
+    half_trained = load_checkpoint(again / "backbone/last.pt")["progress"]["episode"]
+    assert 0 < half_trained < 12
+    with pytest.raises(SetupError, match=r"training\.seed: then 0, now 6"):
+        run(file, again, "training.seed=5", "heads.mastaf.training.seed=6")
+    report = run(file, again, "training.seed=5")
     assert made(report) == STAGES
+    assert [path.name for path in (again / "set_aside").glob("train_*")] == ["train_1"], "the half-trained one was kept"
+    assert json.loads((again / "pipeline.json").read_text())["permitted"] == {}
     assert (again / "set_aside/train_1/best.pt").is_file()
     assert (again / "set_aside/extract_1.zarr").is_dir()
 
@@ -203,6 +264,42 @@ def test_changed_manifest_is_noticed(world: World, file: Path, again: Path, tmp_
         run(file, again, f'data.manifest="{changed}"')
 
 
+def test_exchanged_videos_are_noticed(world: World, file: Path, again: Path, tmp_path: Path) -> None:
+    shutil.copytree(world.folder, tmp_path / "copy")
+    copy, override = tmp_path / "copy/videos", f'data.manifest="{tmp_path}/copy/videos.csv"'
+    (copy / "down/3.mp4").rename(tmp_path / "away.mp4")
+    assert made(run(file, again, override)) == [], "a file that cannot be reached is no other one"
+    for number in range(4):
+        write_clip(copy / f"jump/{number}.mp4", "still", 90 + number, num_frames=13)
+    with pytest.raises(SetupError, match=r"cubes\.zarr: 4 of its videos.*jump/0 \(from bytes=\d+ .*--redo extract"):
+        run(file, again, override)
+    facts, _ = run_pipeline(str(file), again, [override], redo=("extract",), is_dry=True)
+    assert {row["stage"]: row["action"] for row in facts["stages"]} == {
+        **dict.fromkeys(STAGES, "wait"), "train": "skip", "extract": "set aside", "live": "set aside",
+    }  # fmt: skip
+    write_clip(copy / "down/3.mp4", "down", 77, num_frames=13)
+    with pytest.raises(
+        SetupError, match=r"backbone was made with .* other videos \(manifest\.file_sizes.*--redo train"
+    ):
+        run(file, again, override)
+
+
+def test_videos_exchanged_while_it_works_are_refused_and_not_extracted_again(
+    world: World, file: Path, again: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(world.folder, tmp_path / "copy")
+    (again / "backbone/best.pt").unlink()
+
+    def exchanging(*arguments: Any) -> Any:
+        write_clip(tmp_path / "copy/videos/jump/0.mp4", "still", 90, num_frames=13)
+        return train(*arguments)
+
+    monkeypatch.setattr(whole_making, "train", exchanging)
+    with pytest.raises(SetupError, match=r"1 of its videos were made from other files: jump/0"):
+        run(file, again, f'data.manifest="{tmp_path}/copy/videos.csv"')
+    assert not (again / "set_aside/extract_1.zarr").exists()
+
+
 def test_same_manifest_in_another_place_is_the_same(world: World, file: Path, again: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved.csv"
     moved.write_text(f"# root: {world.folder}\n{world.manifest_path.read_text()}")
@@ -212,45 +309,69 @@ def test_same_manifest_in_another_place_is_the_same(world: World, file: Path, ag
 def test_deleted_checkpoint_is_noticed_and_what_comes_out_the_same_again_is_kept(file: Path, again: Path) -> None:
     (again / "backbone/best.pt").unlink()
     report = run(file, again)
-    assert made(report) == ["train"], "the same weights came out, so the cubes and all after them are still good"
+    assert made(report) == ["train", *STAGES[4:]], "the same weights came out, but the new card holds no scores"
     assert (again / "set_aside/train_1/last.pt").is_file()
     assert results(report) == results(report_of(again))
 
 
-def test_exchanged_checkpoint_is_noticed(file: Path, again: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exchanged_checkpoint_is_noticed(
+    file: Path, again: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole_pipeline, "code_version", lambda: "another")
     (again / "heads/mastaf/last.pt").rename(again / "heads/mastaf/old.pt")
     shutil.copy(again / "heads/neighbor/best.pt", again / "heads/mastaf/best.pt")
-    assert made(run(file, again)) == ["heads/mastaf"]
+    report = run(file, again)
+    assert made(report) == ["heads/mastaf", *STAGES[4:]]
+    assert report["code_version"] == "several"
+    heads = next(step for step in report["stages"] if step["name"] == "heads")
+    assert [call["code_version"] for call in heads["made_with_of"]["heads/mastaf"]] == ["another"]
+    assert "several versions of the code;" in (again / "report.md").read_text()
     assert "other weights" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("gone", "overrides", "later"),
+    [
+        pytest.param("live", [], ["live"], marks=pytest.mark.slow),
+        (None, ["pipeline.compare.episodes=10"], STAGES[4:]),
+        pytest.param("heads/mastaf/best.pt", [], STAGES[3:], marks=pytest.mark.slow),
+    ],
+)
 def test_damaged_store_is_mended_before_anything_reads_it(
-    file: Path, again: Path, capsys: pytest.CaptureFixture[str]
+    file: Path,
+    again: Path,
+    capsys: pytest.CaptureFixture[str],
+    gone: str | None,
+    overrides: list[str],
+    later: list[str],
 ) -> None:
     shard = next((again / "cubes.zarr/cube").glob("c.*"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(bytes(content))
-    shutil.rmtree(again / "live")
-    report = run(file, again)
-    assert made(report) == ["extract", "live"]
+    if gone is not None:
+        (again / gone).rename(again / "gone")
+    report = run(file, again, *overrides)
+    assert made(report) == ["extract", *later]
     assert "extract: is mended" in capsys.readouterr().err
-    assert not (again / "set_aside").exists()
     shard.write_bytes(bytes(content[: len(content) // 2]))
-    assert made(run(file, again)) == ["extract"], "a file that was cut is noticed though nothing will read it"
+    assert made(run(file, again, *overrides)) == ["extract"], "one that was cut is noticed though nothing will read it"
 
 
+@pytest.mark.slow
 def test_deleted_store_is_extracted_again_and_the_heads_are_kept(file: Path, again: Path) -> None:
     shutil.rmtree(again / "cubes.zarr")
     assert made(run(file, again)) == ["extract"]
 
 
+@pytest.mark.slow
 def test_another_head_trains_alone(file: Path, again: Path) -> None:
     report = run(file, again, 'pipeline.heads=["neighbor", "mastaf", "bi_mhm"]')
     assert made(report) == ["heads/bi_mhm", "compare/1shot", "compare/2shot", "live"]
     assert len(report["rows"]) == 5
 
 
+@pytest.mark.slow
 def test_head_may_start_from_the_runs_own(file: Path, again: Path) -> None:
     fresh = load_checkpoint(again / "heads/mastaf/best.pt")["model"]
     options = ("pipeline.start_from_run_head=true", "pipeline.set_heads.training.episodes=0")
@@ -261,6 +382,7 @@ def test_head_may_start_from_the_runs_own(file: Path, again: Path) -> None:
     assert not all(torch.equal(value, fresh[name]) for name, value in started.items())
 
 
+@pytest.mark.slow
 def test_end_to_end_training_may_start_from_classification(file: Path, tmp_path: Path) -> None:
     options = ("pipeline.set_train.training.episodes=0", 'pipeline.heads=["neighbor"]', "pipeline.compare.shots=[1]")
     report = run(file, tmp_path / "out", 'pipeline.pretrain="classify.toml"', *options)
@@ -272,6 +394,7 @@ def test_end_to_end_training_may_start_from_classification(file: Path, tmp_path:
     assert report["rows"][0]["training_seconds"] == seconds["train"] + seconds["pretrain"]
 
 
+@pytest.mark.slow
 def test_backbone_may_be_trained_by_classification_alone(file: Path, tmp_path: Path) -> None:
     options = ('pipeline.heads=["mastaf"]', "pipeline.compare.shots=[1]")
     report = run(file, tmp_path / "out", 'pipeline.backbone="classify.toml"', *options)
@@ -286,12 +409,16 @@ def test_backbone_may_be_trained_by_classification_alone(file: Path, tmp_path: P
     )
 
 
+@pytest.mark.slow
 def test_half_precision_cubes_are_named_beside_the_live_accuracy(file: Path, again: Path) -> None:
     report = run(file, again, "pipeline.set_extract.store.dtype=float16", redo=("extract",))
     assert made(report) == STAGES[1:]
     assert report["store_dtype"] == "float16"
     for live in report["live"].values():
         assert live["accuracy"] == pytest.approx(live["accuracy_on_cubes"], abs=0.1)
+    found = reproduce(again / "backbone", "cpu")
+    assert found.is_identical, found
+    assert len(found.evaluations) == 5, "validation, and both numbers of shots through the cubes and by decoding"
 
 
 def test_test_video_that_was_rejected_is_in_no_row(tmp_path: Path) -> None:
@@ -303,6 +430,29 @@ def test_test_video_that_was_rejected_is_in_no_row(tmp_path: Path) -> None:
     assert report["live"]["1"]["episodes_that_differ"] == 0
     assert report["live"]["1"]["split_hash"] == report["split_hash"]
     assert "1 videos of test are not in the store" in (tmp_path / "out/report.md").read_text()
+    for run_folder in ("backbone", "heads/neighbor"):
+        found = reproduce(tmp_path / "out" / run_folder, "cpu")
+        assert found.is_identical, found
+
+
+def test_training_video_that_was_rejected_is_named_with_the_way_out(tmp_path: Path) -> None:
+    world = make_world(tmp_path / "world")
+    (world.folder / "videos/down/1.mp4").write_text("this is no video")
+    file = write_files(world, tmp_path / "files")
+    options = ("pipeline.set_train.training.episodes=0", "training.check_videos=false", 'pipeline.heads=["neighbor"]')
+    with pytest.raises(SetupError, match=r"down/1 \(.*--redo extract; or .*data\.manifest=NEW\.csv --redo train,"):
+        run(file, tmp_path / "out", *options)
+
+
+def test_directory_of_weights_stands_by_its_content(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/model.safetensors").write_bytes(b"one")
+    before = weights_name(str(tmp_path / "weights"))
+    shutil.copytree(tmp_path / "weights", tmp_path / "moved")
+    assert weights_name(str(tmp_path / "moved")) == before
+    (tmp_path / "weights/model.safetensors").write_bytes(b"two")
+    assert weights_name(str(tmp_path / "weights")) != before
+    assert weights_name("random:1") == "random:1"
 
 
 @pytest.mark.slow
@@ -326,6 +476,10 @@ def test_folder_of_something_else_is_left_alone(file: Path, tmp_path: Path) -> N
     with pytest.raises(SetupError, match=r"heads/mastaf holds something that this pipeline did not make"):
         run(file, tmp_path)
     assert not (tmp_path / "backbone").exists()
+    shutil.rmtree(tmp_path / "heads")
+    (tmp_path / "live").write_text("mine")
+    with pytest.raises(SetupError, match=r"live holds something that this pipeline did not make"):
+        run(file, tmp_path)
 
 
 def test_second_pipeline_in_the_same_folder_is_refused(file: Path, tmp_path: Path) -> None:
@@ -366,6 +520,7 @@ def stopped(file: Path, out: Path, signal_name: str, where: str, count: int) -> 
     )
 
 
+@pytest.mark.slow
 def test_stopped_in_training_and_killed_in_extraction_it_goes_on_to_the_same_report(
     file: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -436,7 +591,12 @@ def test_stopped_while_it_scores_it_leaves_at_once_and_goes_on(
         ("pipeline.set_heads.episodes.n_way=3", r"episodes\.n_way is 2 in the backbone's recipe and 3"),
         ("pipeline.set_train.head.alpha=0.5", None),
         ("pipeline.compare.shots=[1, 4]", r"fewer than k_shot \+ n_query = 4 \+ 1"),
-        ("training.episodez=3", r"unknown key training\.episodez"),
+        ("training.episodez=3", r"pipeline\.backbone \(end_to_end\.toml\): unknown key training\.episodez"),
+        ("pipeline.set_heads.training.seed=-1", r"pipeline\.heads_recipe \(heads\.toml\): training\.seed"),
+        (
+            "pipeline.set_extract.store.dtypo=3",
+            r"\[pipeline\.set_extract\] \(end_to_end\.toml\): unknown key store\.dtypo",
+        ),
     ],
 )
 def test_contradictions_are_refused_when_the_config_is_built(

@@ -1,0 +1,31 @@
+"""The processes that a process has started (Linux)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def state_and_parent(pid: int) -> list[str]:
+    """Of a process; nothing where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def is_running(pid: int) -> bool:
+    return state_and_parent(pid)[:1] not in ([], ["Z"])
+
+
+def children_of(parent: int) -> set[int]:
+    """Processes that run, of this parent."""
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return {pid for pid in pids if state_and_parent(pid)[1:] == [str(parent)] and is_running(pid)}
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """The suite's own time limit ends a wait that is in vain."""
+    while not condition():
+        time.sleep(0.01)
