@@ -243,7 +243,7 @@ class LiveClips:
                 new = {(video_id, view): task for view in missing}
                 self._underway |= new
                 underway |= new
-                # The future keeps this for ever: with the task in it they would hold each other, and the clips, until Python looks for such.
+                # Without the task, which holds the future: a cycle would keep the clips in memory until Python looks for such.
                 task.future.add_done_callback(partial(self._finish, video_id, task.views))
         return partial(self._gather, rows, held, underway, while_waiting)
 

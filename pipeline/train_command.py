@@ -41,7 +41,7 @@ def _train_on(
     ranks: Ranks, device: torch.device, config: RunConfig, folder: Path, resume: bool | None
 ) -> dict[str, Any]:
     _warn_of_untrained_backbone(config)
-    _warn_of_one_view(config)
+    warn_of_one_view(config)
     what = "a classifier" if config.training.mode == "classify" else config.head.name
     with progress(f"train {what}") as on_progress:
 
@@ -68,7 +68,7 @@ def _warn_of_untrained_backbone(config: RunConfig) -> None:
         )
 
 
-def _warn_of_one_view(config: RunConfig) -> None:
+def warn_of_one_view(config: RunConfig) -> None:
     """Not refused: the views may be for the store that is extracted from the run."""
     drawn = [
         name

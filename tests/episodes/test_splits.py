@@ -42,6 +42,7 @@ def lists_of(name: str, tmp_path: Path) -> tuple[Path, dict[str, SplitSize]]:
     return made, {split: SplitSize(4, 26, 5, 8) for split in SPLITS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DATASETS)
 def test_lists_have_the_published_sizes_and_no_overlap(name: str, tmp_path: Path) -> None:
     lists, sizes = lists_of(name, tmp_path)

@@ -24,6 +24,7 @@ from pipeline.extraction import video_sources
 from pipeline.own_draws import OwnDraws
 from pipeline.setup import global_index, make_sampler
 from pipeline.sources import LiveClips, assemble
+from pipeline.train_command import warn_of_one_view
 
 SIDE = 24
 KEYS = [("a", 1, 0), ("b", 2, 0), ("a", 3, 1), ("c", 1, 4), ("c", 0, 4), ("b", 7, 9)]
@@ -218,3 +219,16 @@ def test_batches_are_the_same_for_any_number_of_processes(world: World) -> None:
         assert torch.equal(batch.support, batches[0].support)
         assert torch.equal(batch.query, batches[0].query)
     assert not torch.equal(plain.support, batches[0].support)
+
+
+def test_crop_and_flip_that_meet_view_0_alone_are_warned_of(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    drawn = ("sampling.crop=random", "sampling.flip=true")
+    for overrides in (
+        drawn,
+        ("training.mode=end_to_end",),
+        ("training.mode=end_to_end", "episodes.train_views=2", *drawn),
+    ):
+        warn_of_one_view(world.config(*overrides))
+    assert capsys.readouterr().err == ""
+    warn_of_one_view(world.config("training.mode=end_to_end", *drawn))
+    assert "sampling.crop and flip change nothing while training" in capsys.readouterr().err

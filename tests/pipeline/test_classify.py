@@ -23,10 +23,11 @@ from contracts.rank_processes import run_ranks
 from contracts.world import World
 from episodes.build import build_head
 from episodes.clip_sampler import ClipSampler
-from episodes.datasets import Manifest, Video, read_manifest, write_manifest
+from episodes.datasets import Manifest, read_manifest, write_manifest
 from episodes.head import HeadInputs
 from episodes.linear import LinearClassifier, LinearOptions
 from episodes.sampler import SamplerError, draw_views
+from episodes.video import Video
 from extract.build import build_backbone
 from extract.transform import to_input
 from pipeline import training, training_job
@@ -137,6 +138,7 @@ def test_run_is_what_plain_torch_makes_of_the_same_clips(world: World, tmp_path:
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_clips_that_pass_one_by_one_give_the_step_of_the_whole_batch(world: World, tmp_path: Path) -> None:
     """Frozen statistics: gradients add up, whatever passes at a time; dropout belongs to the clip, not to the pass."""
     results = []
@@ -169,6 +171,7 @@ def test_stopped_and_resumed_run_equals_an_uninterrupted_one(world: World, tmp_p
         assert lines_of(tmp_path / "whole", kind) == lines_of(tmp_path / "cut", kind)
 
 
+@pytest.mark.slow
 def test_ranks_learn_what_one_process_learns_and_score_it_exactly_alike(world: World, tmp_path: Path) -> None:
     """Dropout and label smoothing on, mixing off: partners are those of a rank."""
     options = ("classify.dropout=0.3", "classify.label_smoothing=0.1", "classify.holdout=0.5")
@@ -190,7 +193,7 @@ def test_ranks_learn_what_one_process_learns_and_score_it_exactly_alike(world: W
 
 
 def test_mixed_clips_change_training_alone(world: World) -> None:
-    config = config_of(world, "classify.mixup_alpha=1", "training.episodes=0")
+    config = config_of(world, "classify.mixup_alpha=1", "training.backbone_batchnorm=frozen")
     place = prepare(config, CPU)
     assert isinstance(place.model, ClassifierModel)
     assert isinstance(place.source, LiveClips)

@@ -194,6 +194,7 @@ def mastaf(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
 
 
+@pytest.mark.slow
 def test_command_prints_json_and_refuses_in_one_line(made: MadeRuns, tmp_path: Path) -> None:
     done = mastaf("compare", *made.heads[:2], "--episodes", 20, "--shots", 2, "--json", "--device", "cpu")
     assert done.returncode == 0, done.stderr

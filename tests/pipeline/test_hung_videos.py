@@ -62,6 +62,7 @@ def test_who_waits_for_clips_may_leave(world: World) -> None:
 
 
 @pytest.mark.timeout(STUCK_SECONDS)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "validate_every"),
     [("end_to_end", 1000), ("end_to_end", 1), ("classify", 1)],

@@ -224,6 +224,7 @@ def test_an_episode_that_is_not_finite_is_named_by_every_rank(bench: Bench, tmp_
     assert [each["index"] for each in json.loads((run / "not_finite.json").read_text())["episodes"]] == [8]
 
 
+@pytest.mark.slow
 def test_a_video_that_one_rank_cannot_read_ends_all_and_the_run_goes_on_when_it_is_mended(tmp_path: Path) -> None:
     world = make_world(tmp_path / "world")
     steps = ("training.episodes=6", "training.episodes_per_step=2")

@@ -243,5 +243,6 @@ def test_intervals_over_seeds_hold_the_accuracy_of_the_recipe(num_seeds: int) ->
     assert found["episodes"].share < 0.95 - MARGIN
 
 
+@pytest.mark.slow
 def test_p_values_reject_equal_methods_once_in_twenty() -> None:
     assert abs(rejections(4 * REPLICATIONS, 60) - 0.05) < MARGIN / 2

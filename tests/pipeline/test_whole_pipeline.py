@@ -231,6 +231,7 @@ def stopped_after_lines(count: int) -> Callable[..., Any]:
     return stopping
 
 
+@pytest.mark.slow
 def test_redone_stage_lets_everything_after_it_change_too_though_it_is_stopped(
     file: Path, again: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,6 +315,7 @@ def test_deleted_checkpoint_is_noticed_and_what_comes_out_the_same_again_is_kept
     assert results(report) == results(report_of(again))
 
 
+@pytest.mark.slow
 def test_exchanged_checkpoint_is_noticed(
     file: Path, again: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -421,6 +423,7 @@ def test_half_precision_cubes_are_named_beside_the_live_accuracy(file: Path, aga
     assert len(found.evaluations) == 5, "validation, and both numbers of shots through the cubes and by decoding"
 
 
+@pytest.mark.slow
 def test_test_video_that_was_rejected_is_in_no_row(tmp_path: Path) -> None:
     world = make_world(tmp_path / "world")
     (world.folder / "videos/jump/1.mp4").write_text("this is no video")
