@@ -1,6 +1,22 @@
-"""For all tests: what is run by hand only is never taken for quick."""
+"""For all tests: what is run by hand only is never taken for quick, and every test begins with as many threads."""
+
+import sys
 
 import pytest
+
+_NUM_THREADS: list[int] = []
+"""Of torch, when the first test that finds it loaded began."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Commands that run in this process choose torch's number of threads for it; the next test begins with the usual one."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+    if not _NUM_THREADS:
+        _NUM_THREADS.append(torch.get_num_threads())
+    torch.set_num_threads(_NUM_THREADS[0])
 
 
 @pytest.hookimpl(tryfirst=True)
