@@ -6,11 +6,12 @@ Episode i of a run is a pure function of (split hash, protocol, seed, i), so the
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
 
+from episodes.batch import EpisodeBatch
 from pipeline.batches import TrainingBatches
 from pipeline.interrupts import StopRequest
 from pipeline.learning import Learner, StepSpeed, Student
@@ -55,21 +56,7 @@ def run_loop(
             if _is_over(stop, ranks):
                 break
             active = [student for student in students if student.learner.done < step.stop]
-            clips, waiting = 0, 0.0
-            for student in active:
-                student.begin()
-            for part in plan.parts_of(step):
-                asked = time.monotonic()
-                made = next_batch()
-                if made is None:
-                    break  # over
-                batch = made.to(device, non_blocking=True)
-                waiting += time.monotonic() - asked
-                clips += batch.num_videos if part.is_counted else 0
-                for student in active:
-                    student.accumulate(batch, part, plan.step_index(step))
-                if _is_over(stop, ranks):
-                    break
+            clips, waiting = _pass_parts(active, plan, step, next_batch, device, lambda: _is_over(stop, ranks))
             if _is_over(stop, ranks):
                 # The step that was begun has changed nothing yet; it is done again from its first episode.
                 for student in active:
@@ -83,6 +70,33 @@ def run_loop(
             if _is_over(stop, ranks):
                 break
             began = time.monotonic()
+
+
+def _pass_parts(
+    active: Sequence[Student],
+    plan: StepPlan,
+    step: range,
+    next_batch: Callable[[], EpisodeBatch | None],
+    device: torch.device,
+    is_over: Callable[[], bool],
+) -> tuple[int, float]:
+    """Gather the gradients of a step, or of its beginning where the run is over; clips that passed, and seconds of waiting for them."""
+    clips, waiting = 0, 0.0
+    for student in active:
+        student.begin()
+    for part in plan.parts_of(step):
+        asked = time.monotonic()
+        made = next_batch()
+        if made is None:
+            break  # over
+        batch = made.to(device, non_blocking=True)
+        waiting += time.monotonic() - asked
+        clips += batch.num_videos if part.is_counted else 0
+        for student in active:
+            student.accumulate(batch, part, plan.step_index(step))
+        if is_over():
+            break
+    return clips, waiting
 
 
 def _is_over(stop: StopRequest, ranks: Ranks) -> bool:
