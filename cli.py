@@ -11,12 +11,9 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-
-if TYPE_CHECKING:
-    pass
 
 ROOMS = ("cache", "configs", "episodes", "extract", "pipeline")
 
@@ -482,10 +479,10 @@ def train(
 @_json
 def evaluate(**options: Any) -> None:
     """Mean accuracy and 95 % interval of RUN over seeded episodes, with the hashes of what made the number."""
-    from pipeline.train_command import evaluate_folder
+    from pipeline.train_command import EvaluationRequest, evaluate_folder
 
-    as_json = options.pop("as_json")
-    result, line = evaluate_folder(**options)
+    as_json, device = options.pop("as_json"), options.pop("device")
+    result, line = evaluate_folder(EvaluationRequest(**options), device)
     if os.environ.get("RANK", "0") != "0":  # of several ranks, the first speaks
         return
     if as_json:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # E402: the path above comes first, since the benchmarks are no package.
-from contracts.attacks_training import PLACES, Tally, Trainers, make_recipes, timed  # noqa: E402
+from contracts.attacks_training import PLACES, Tally, Trainers, make_recipes  # noqa: E402
 from contracts.attacks_training_calls import STARTS, kill_at_calls  # noqa: E402
 from contracts.attacks_training_kills import (  # noqa: E402
     damage_many,
@@ -31,6 +31,7 @@ from contracts.attacks_training_kills import (  # noqa: E402
     refuse_second,
     stop_many,
 )
+from contracts.timed import timed  # noqa: E402
 from contracts.training_recipes import MODES, Recipe  # noqa: E402
 
 USUAL_TRIALS = {"kills": 100, "damage": 30, "stops": 30}

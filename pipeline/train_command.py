@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -116,42 +117,41 @@ def describe_validation(line: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def evaluate_folder(
-    run: Path,
-    split: str | None,
-    episodes: int | None,
-    shots: int | None,
-    queries: int | None,
-    store_path: str | None,
-    manifest: str | None,
-    device: str,
-) -> tuple[dict[str, Any], str]:
+@dataclass(frozen=True, slots=True)
+class EvaluationRequest:
+    """What `mastaf evaluate` was asked for; None: as the run's config says."""
+
+    run: Path
+    split: str | None = None
+    """train, val or test."""
+    episodes: int | None = None
+    shots: int | None = None
+    queries: int | None = None
+    store_path: str | None = None
+    """Another store than the run's own source."""
+    manifest: str | None = None
+    """Another manifest than the run's."""
+
+
+def evaluate_folder(request: EvaluationRequest, device: str) -> tuple[dict[str, Any], str]:
     """Score a run and note it in the run's card; the JSON-able result and one readable line, which all ranks of torchrun get."""
     with joined_ranks(choose_device(device)) as (ranks, chosen):
-        return _evaluate_on(ranks, chosen, run, split, episodes, shots, queries, store_path, manifest)
+        return _evaluate_on(ranks, chosen, request)
 
 
-def _evaluate_on(
-    ranks: Ranks,
-    device: torch.device,
-    run: Path,
-    split: str | None,
-    episodes: int | None,
-    shots: int | None,
-    queries: int | None,
-    store_path: str | None,
-    manifest: str | None,
-) -> tuple[dict[str, Any], str]:
-    with load_run(run, device, store_path, manifest, ranks) as loaded, progress("evaluate") as on_progress:
-        split = split or loaded.config.evaluation.split
+def _evaluate_on(ranks: Ranks, device: torch.device, request: EvaluationRequest) -> tuple[dict[str, Any], str]:
+    run, store, manifest = request.run, request.store_path, request.manifest
+    with load_run(run, device, store, manifest, ranks) as loaded, progress("evaluate") as on_progress:
+        split = request.split or loaded.config.evaluation.split
         if split not in ("train", "val", "test"):
             raise SetupError(f"--split {split!r} is not known; use train, val or test.")
+        episodes = request.episodes or loaded.config.evaluation.episodes
         result, score = evaluate_run(
-            loaded, split, episodes or loaded.config.evaluation.episodes, device, on_progress, shots, queries, ranks
+            loaded, split, episodes, device, on_progress, request.shots, request.queries, ranks
         )
     if ranks.is_first:
         try:
-            record_evaluation(run, result, score, store_path, manifest)
+            record_evaluation(run, result, score, store, manifest)
         except (CardError, OSError) as error:
             say(f"warning: this result is not noted in the run's card: {error}")
     # A classification run has no few-shot head of its own.

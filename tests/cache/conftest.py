@@ -1,12 +1,14 @@
-"""Stores on an S3 server of our own."""
+"""Stores on an S3 server of our own, and writers to attack."""
 
 import secrets
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
 from cache import object_client
+from contracts.attacks import Nursery
 from contracts.object_server import ObjectServer
 
 SECRET = "never-to-be-shown"
@@ -42,3 +44,9 @@ def url(server: ObjectServer) -> str:
     server.make_bucket(bucket)
     # A name that has to be escaped on its way.
     return f"s3://{bucket}/our däta/S.zarr"
+
+
+@pytest.fixture(scope="module")
+def nursery(scratch: Path) -> Iterator[Nursery]:
+    with Nursery(scratch / "said") as nursery:
+        yield nursery

@@ -1,6 +1,5 @@
 """Writers that are killed: at random moments, and at the calls that change the disk. The long forms are in benchmarks/."""
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,20 +12,6 @@ from cache.open import FORMATS, open_store
 from contracts.attacks import ROOT, Nursery, Order, Said, Tally, look_and_finish
 from contracts.attacks_processes import kill_many, stopped_in_a_shard
 from contracts.attacks_strace import attack_calls, points, run_traced, small_order
-
-
-@pytest.fixture(scope="module")
-def scratch() -> Iterator[Path]:
-    """A folder in memory where there is one: the attacks count what is lost, not how long an fsync takes."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
-        yield Path(folder)
-
-
-@pytest.fixture(scope="module")
-def nursery(scratch: Path) -> Iterator[Nursery]:
-    with Nursery(scratch / "said") as nursery:
-        yield nursery
 
 
 @pytest.fixture(params=FORMATS)

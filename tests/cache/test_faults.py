@@ -3,7 +3,6 @@
 The long form, every error at every call and a disk that is really full, is in benchmarks/.
 """
 
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,20 +12,6 @@ import pytest
 from cache.open import FORMATS
 from contracts.attacks import Nursery
 from contracts.attacks_strace import ERRORS, attack_calls
-
-
-@pytest.fixture(scope="module")
-def scratch() -> Iterator[Path]:
-    """A folder in memory where there is one: the attacks count what is lost, not how long an fsync takes."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
-        yield Path(folder)
-
-
-@pytest.fixture(scope="module")
-def nursery(scratch: Path) -> Iterator[Nursery]:
-    with Nursery(scratch / "said") as nursery:
-        yield nursery
 
 
 @pytest.fixture(params=FORMATS)

@@ -1,6 +1,5 @@
 """Loss of power, on a model of a disk that forgets what was not forced to it. The long form is in benchmarks/."""
 
-import os
 import random
 import tempfile
 from collections.abc import Iterator
@@ -13,20 +12,6 @@ from contracts.attacks import Nursery
 from contracts.attacks_disk import Disk, tree_of
 from contracts.attacks_power import FSYNCS, cut_power, cut_states, record
 from contracts.attacks_strace import Call, small_order
-
-
-@pytest.fixture(scope="module")
-def scratch() -> Iterator[Path]:
-    """A folder in memory where there is one: the attacks count what is lost, not how long an fsync takes."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
-        yield Path(folder)
-
-
-@pytest.fixture(scope="module")
-def nursery(scratch: Path) -> Iterator[Nursery]:
-    with Nursery(scratch / "said") as nursery:
-        yield nursery
 
 
 @pytest.fixture(params=FORMATS)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from contracts.attacks import Nursery, Order, Said, Tally, look_and_finish
 from contracts.attacks_disk import MANNERS, Disk, Tree, tree_of
-from contracts.attacks_processes import timed
 from contracts.attacks_strace import EFFECTS, OPENS, Call, points, run_traced, small_order
+from contracts.timed import timed
 
 RECORDED = (*EFFECTS, *OPENS, "close", "lseek")
 FSYNCS = {

@@ -5,23 +5,12 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
 from cache.open import open_disk_store
 from contracts.attacks import Nursery, Order, Said, Tally, look_and_finish, num_commits
-
-
-@contextmanager
-def timed(tally: Tally) -> Iterator[Tally]:
-    """Add the seconds within."""
-    start = time.perf_counter()
-    try:
-        yield tally
-    finally:
-        tally.seconds += time.perf_counter() - start
+from contracts.timed import timed
 
 
 def kill_many(nursery: Nursery, folder: Path, kind: str, num_kills: int, seed: int) -> Tally:

@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from contracts.attacks import Nursery, Order, Said, Tally, look_and_finish
-from contracts.attacks_processes import timed
+from contracts.timed import timed
 
 EFFECTS = (
     *("write", "pwrite64", "writev", "pwritev", "pwritev2", "ftruncate", "truncate", "fallocate", "copy_file_range"),
@@ -62,6 +63,20 @@ class Traced:
     calls: tuple[Call, ...]
 
 
+class Attacked(Protocol):
+    """A process that the attack may signal and wait for."""
+
+    @property
+    def pid(self) -> int:
+        """Of the system."""
+
+    def send(self, signal_number: int) -> None:
+        """Signal it."""
+
+    def wait(self) -> int:
+        """Exit status, when it has ended."""
+
+
 def run_traced(nursery: Nursery, order: Order, log: Path, calls: Sequence[str], attack: str = "") -> Traced:
     """Run a writer under strace, from after its imports to its end.
 
@@ -70,13 +85,22 @@ def run_traced(nursery: Nursery, order: Order, log: Path, calls: Sequence[str], 
         attack: strace's `inject` expression.
     """
     writer = nursery.start(Order(**{**order.__dict__, "waits": True}))
-    # -xx: all texts in hex, so that no quote or bracket within can confuse. `?`: a name that this machine lacks is fine.
-    command = ["strace", "-f", "-y", "-xx", "-s", "10000000", "-p", str(writer.pid), "-o", str(log)]
-    command += [
-        "-e",
-        "trace=" + ",".join(f"?{name}" for name in calls),
-        *(["-e", f"inject={attack}"] if attack else []),
-    ]
+    status = trace(writer, log, calls, attack)
+    return Traced(status, Said.of(writer.output), writer.errors, tuple(read_trace(log)))
+
+
+def trace(process: Attacked, log: Path, calls: Sequence[str], attack: str = "", num_bytes: int = 10_000_000) -> int:
+    """Let a process that has stopped itself run to its end under strace; its exit status. The calls are in `log`.
+
+    Args:
+        calls: names to trace, of all threads; a name that this machine lacks is fine.
+        attack: strace's `inject` expression.
+        num_bytes: at which the texts among the arguments are cut.
+    """
+    # -xx: all texts in hex, so that no quote or bracket within can confuse.
+    command = ["strace", "-f", "-y", "-xx", "-s", str(num_bytes), "-p", str(process.pid), "-o", str(log)]
+    command += ["-e", "trace=" + ",".join(f"?{name}" for name in calls)]
+    command += ["-e", f"inject={attack}"] if attack else []
     try:
         strace = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     except FileNotFoundError:
@@ -84,12 +108,12 @@ def run_traced(nursery: Nursery, order: Order, log: Path, calls: Sequence[str], 
     with strace:
         assert strace.stderr is not None
         first_line = strace.stderr.readline()
-        writer.send(signal.SIGCONT)
-        status = writer.wait()
+        process.send(signal.SIGCONT)
+        status = process.wait()
         rest = strace.stderr.read()
     if "attached" not in first_line:
-        raise RuntimeError(f"strace could not attach to the writer: {first_line}{rest}")
-    return Traced(status, Said.of(writer.output), writer.errors, tuple(read_trace(log)))
+        raise RuntimeError(f"strace could not attach to the process: {first_line}{rest}")
+    return status
 
 
 def read_trace(log: Path) -> list[Call]:

@@ -13,8 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -200,16 +199,6 @@ def make_recipes(trainers: Trainers, folder: Path, modes: Sequence[str] = tuple(
         seconds = trainers.run(recipe, empty_run(folder / mode / "timed"), recipe.variation(1))
         recipes[mode] = Recipe(mode, path, recipe.peaceful, seconds)
     return recipes
-
-
-@contextmanager
-def timed(tally: Tally) -> Iterator[Tally]:
-    """Add the seconds within."""
-    start = time.perf_counter()
-    try:
-        yield tally
-    finally:
-        tally.seconds += time.perf_counter() - start
 
 
 def empty_run(folder: Path) -> Path:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 import shutil
 import signal
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from contracts.attacks_strace import EFFECTS, OPENS, Call, points, read_trace
+from contracts.attacks_strace import EFFECTS, OPENS, Call, points, read_trace, trace
 from contracts.attacks_training import (
     Tally,
     Trainers,
@@ -18,8 +17,8 @@ from contracts.attacks_training import (
     go_on_in_peace,
     partial_files,
     place_of,
-    timed,
 )
+from contracts.timed import timed
 from contracts.training_recipes import Recipe
 
 Start = Literal["new", "killed", "damaged"]
@@ -37,25 +36,8 @@ def run_traced(
         attack: strace's `inject` expression.
     """
     trainer = trainers.start(recipe, run, waits=True)
-    # -xx: all texts in hex, cut after so many bytes: enough for a path.
-    command = ["strace", "-f", "-y", "-xx", "-s", "4096", "-p", str(trainer.pid), "-o", str(log)]
-    command += [
-        "-e",
-        "trace=" + ",".join(f"?{name}" for name in calls),
-        *(["-e", f"inject={attack}"] if attack else []),
-    ]
-    try:
-        strace = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    except FileNotFoundError:
-        raise RuntimeError("this attack needs strace: apt-get install strace") from None
-    with strace:
-        assert strace.stderr is not None
-        first_line = strace.stderr.readline()
-        trainer.send(signal.SIGCONT)
-        status = trainer.wait()
-        rest = strace.stderr.read()
-    if "attached" not in first_line:
-        raise RuntimeError(f"strace could not attach to the process: {first_line}{rest}")
+    # Of the texts, only the paths matter.
+    status = trace(trainer, log, calls, attack, num_bytes=4096)
     return status, read_trace(log)
 
 

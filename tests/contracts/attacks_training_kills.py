@@ -20,9 +20,9 @@ from contracts.attacks_training import (
     go_on_in_peace,
     partial_files,
     place_of,
-    timed,
 )
 from contracts.equal_runs import unequal
+from contracts.timed import timed
 from contracts.training_recipes import EPISODES, STEP_EPISODES, VALIDATE_EVERY, Recipe
 from pipeline.checkpoint import CheckpointError, load_checkpoint
 from pipeline.interrupts import SIGNALS, exit_code

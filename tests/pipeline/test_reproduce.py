@@ -24,7 +24,7 @@ from pipeline.card_reading import read_card
 from pipeline.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.outcomes import bits_digest, read_outcomes
 from pipeline.run_page import to_markdown
-from pipeline.train_command import evaluate_folder
+from pipeline.train_command import EvaluationRequest, evaluate_folder
 
 Run = Callable[..., tuple[int, str, str]]
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def scored(made: MadeRuns, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def score(run: Path) -> Path:
     for shots in (None, 2):
-        evaluate_folder(run, None, None, shots, None, None, None, "cpu")
+        evaluate_folder(EvaluationRequest(run, shots=shots), "cpu")
     return run
 
 
@@ -96,7 +96,7 @@ def test_run_that_learned_its_backbone_is_identical_too(mastaf: Run, world: Worl
         tmp_path / "run",
         torch.device("cpu"),
     )  # fmt: skip
-    evaluate_folder(tmp_path / "run", None, None, None, None, None, None, "cpu")
+    evaluate_folder(EvaluationRequest(tmp_path / "run"), "cpu")
     code, out, _ = mastaf("reproduce", tmp_path / "run", "--device", "cpu")
     assert code == 0, out
     assert [line.split(",")[0].split()[-1] for line in out.splitlines()[:2]] == ["val", "test"]
@@ -197,7 +197,7 @@ def classified(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classified") / "run"
     options = ("training.episodes=6", "training.validate_every=3", "training.validation_episodes=6")
     training.train(world.config("training.mode=classify", "classify.holdout=0.25", *options), folder, CPU)
-    evaluate_folder(folder, None, 8, None, None, None, None, "cpu")
+    evaluate_folder(EvaluationRequest(folder, episodes=8), "cpu")
     return folder
 
 
@@ -280,7 +280,7 @@ def test_commands_of_the_card_run_in_the_folder_that_holds_the_run(
     world = World(tmp_path / "data", Path("videos.csv"))
     options = ('training.initial_weights="start.pt"', "head.name=mastaf", "training.episodes=3")
     run = train_run(world, Path("cubes.zarr"), tmp_path / "runs/one", *options)
-    evaluate_folder(run, None, 10, None, None, "cubes.zarr", "videos.csv", "cpu")
+    evaluate_folder(EvaluationRequest(run, episodes=10, store_path="cubes.zarr", manifest="videos.csv"), "cpu")
     monkeypatch.chdir(run.parent)
     program, *arguments = shlex.split(read_card(run)["commands"][command])
     assert program == "mastaf"
@@ -295,7 +295,7 @@ def test_evaluation_on_a_store_beside_the_run_moves_with_it(
     run = Path(shutil.copytree(made.heads[0], first / "run"))
     shutil.copytree(made.store_path, first / "data/cubes.zarr")
     monkeypatch.chdir(first / "data")
-    evaluate_folder(run, None, 10, None, None, "cubes.zarr", None, "cpu")
+    evaluate_folder(EvaluationRequest(run, episodes=10, store_path="cubes.zarr"), "cpu")
     assert read_card(run)["evaluations"][0]["store"] == "../data/cubes.zarr"
     first.rename(second)
     monkeypatch.chdir(tmp_path)

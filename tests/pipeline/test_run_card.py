@@ -24,7 +24,7 @@ from pipeline.outcomes import bits_digest, parting, read_outcomes
 from pipeline.run_page import to_markdown
 from pipeline.scoring import evaluate_run, load_run
 from pipeline.sources import LiveClips
-from pipeline.train_command import evaluate_folder, train_recipe
+from pipeline.train_command import EvaluationRequest, evaluate_folder, train_recipe
 
 CPU = torch.device("cpu")
 OF_VERSION_ONE = {
@@ -42,8 +42,7 @@ def run(made: MadeRuns, tmp_path: Path) -> Path:
 
 
 def evaluated(run: Path, **asked: Any) -> dict[str, Any]:
-    options = {"split": None, "episodes": None, "shots": None, "queries": None, "store_path": None, "manifest": None}
-    return evaluate_folder(run, **{**options, "device": "cpu", **asked})[0]
+    return evaluate_folder(EvaluationRequest(run, **asked), "cpu")[0]
 
 
 def test_card_says_what_made_the_run(made: MadeRuns) -> None:

@@ -31,14 +31,6 @@ Recipes = Callable[[str], Recipe]
 
 
 @pytest.fixture(scope="module")
-def scratch() -> Iterator[Path]:
-    """A folder in memory where there is one: a kill leaves the same there, and an fsync costs nothing."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
-        yield Path(folder)
-
-
-@pytest.fixture(scope="module")
 def trainers(scratch: Path) -> Iterator[Trainers]:
     with Trainers(scratch / "said") as trainers:
         yield trainers
