@@ -22,6 +22,7 @@ OF_LAST = {
     "seconds": "seconds",
     "resumptions": "resumptions",
     "started_utc": "started_utc",
+    "computed_on": "computed_on",
     "degraded_videos": "degraded",
     "second_tries": "second_tries",
     "lost_decoding_processes": "lost_decoding_processes",

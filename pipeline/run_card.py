@@ -108,6 +108,7 @@ def _course(progress: Progress, num_together: int, num_ranks: int) -> dict[str, 
         "lost_decoding_processes": progress.lost_decoding_processes,
         "heads_trained_together": num_together,
         "ranks": num_ranks,
+        "computed_on": progress.computed_on,
     }
 
 

@@ -81,6 +81,8 @@ class Progress:
     """That died or were late, in all calls."""
     store_content_hash: str | None = None
     """Of the store when training ended."""
+    computed_on: list[dict[str, Any]] = field(default_factory=list)
+    """What the bits depend on beside config and data, each with the episode from which on; more than one where it changed."""
 
     @classmethod
     def now(cls) -> Progress:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.card_reading import HELD_OUT
+from pipeline.computed_on import moves
 
 MOST_VIDEOS = 10
 """Videos that the page names; card.json has all."""
@@ -123,6 +124,7 @@ def _facts(card: Mapping[str, Any]) -> list[Sequence[str]]:
         "time": f"{duration(card['seconds'])}{shared}; {_times(card)}"
         if card.get("started_utc")
         else duration(card["seconds"]) + shared,
+        **({"computed": "; ".join(moved)} if (moved := moves(card.get("computed_on", []))) else {}),
         **({"decoding": decoding_words(card)} if decoding_words(card) else {}),
         "parameters": f"{card['num_parameters']:,}",
         "hardware": f"{_plain(processor)}, {hardware.get('cores', '?')} cores"

@@ -16,6 +16,7 @@ from pipeline.augmentation import Augmentation
 from pipeline.batches import TrainingBatches
 from pipeline.checkpoint import Newest, remove_leftovers, sync_folder, write_file
 from pipeline.classify import clip_sampler
+from pipeline.computed_on import computed_here, note_place
 from pipeline.console import say, shortened
 from pipeline.determinism import deterministic
 from pipeline.initial_weights import load_initial_weights
@@ -224,6 +225,7 @@ def _begin(job: TrainingJob, checkpoint: Newest | None, held: ExitStack) -> None
         note_resumption(checkpoint)
         if job.progress.episode < training.episodes:
             set_card_aside(folder, job.progress.episode)
+    _note_place(job)
     write_file(folder / "config.toml", to_toml(job.place.config).encode())
     job.log = held.enter_context(
         RunLog(folder, training.loggers, job.place.config.model_dump(mode="json"), folder.name)
@@ -233,6 +235,16 @@ def _begin(job: TrainingJob, checkpoint: Newest | None, held: ExitStack) -> None
         job.save("last.pt")
     else:
         job.log.resume_at(job.progress.episode, job.progress.validated_episode)
+
+
+def _note_place(job: TrainingJob) -> None:
+    """Write down what computes the run from here on, and say where that has changed."""
+    progress = job.progress
+    if progress.episode >= job.training.episodes and not job.is_validation_due():
+        return  # nothing is left to compute
+    change = note_place(progress.computed_on, progress.episode, computed_here(job.place.device, job.ranks.world_size))
+    if change:
+        say(f"warning: {change}: bits may differ from those of a run that was never stopped")
 
 
 def _warn_of_seen_classes(place: Workplace) -> None:

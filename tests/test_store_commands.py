@@ -85,7 +85,7 @@ def flip(store: Path, draws: random.Random) -> str:
     return name
 
 
-@pytest.mark.parametrize("ending", ["zarr", "h5"])
+@pytest.mark.parametrize("ending", ["zarr", pytest.param("h5", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("num_flips", [2, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.campaign])])
 def test_flips_are_verified_and_repaired_by_the_commands(
     world: World, stores: dict[str, Path], tmp_path: Path, ending: str, num_flips: int
@@ -266,6 +266,7 @@ def test_plan_gives_the_bytes_and_files_that_extraction_makes(world: World, tmp_
     assert again["num_rows"] == 0
 
 
+@pytest.mark.slow
 def test_every_kind_of_input_ends_as_the_corpus_says_and_good_neighbours_are_untouched(
     world: World, tmp_path: Path
 ) -> None:

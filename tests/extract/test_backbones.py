@@ -33,10 +33,16 @@ OTHER_OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "small3d": [{"width": 12}, {"depth": 2}, {"subtract_mean": True}],
 }
+LARGER = {"r3d34", "r3d101", "tsn_resnet34", "tsn_resnet101"}
+"""Of families whose smaller members, with both kinds of blocks, are tried as well."""
 TORCHVISION_VIDEO = ["r3d_18", "mc3_18", "r2plus1d_18"]
 
 
-@pytest.mark.parametrize("name", BACKBONES, scope="class")
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in LARGER else name for name in BACKBONES],
+    scope="class",
+)
 class TestEveryBackbone(BackboneContract):
     @pytest.fixture
     def config(self, name: str) -> BackboneConfig:
@@ -147,8 +153,10 @@ def test_unknown_backbone_names_the_nearest() -> None:
         build_backbone(BackboneConfig(name="r3d52"), SAMPLING)
 
 
-def test_list_of_backbones_needs_neither_torchvision_nor_transformers() -> None:
-    code = "import sys; from extract.build import BACKBONES; print([n for n in ('torchvision', 'transformers') if n in sys.modules])"
+def test_list_of_backbones_and_training_on_cubes_need_neither_torchvision_nor_transformers() -> None:
+    """They cost more than a second and 200 MB of each process."""
+    modules = "extract.build, pipeline.train_command, pipeline.train_heads, pipeline.reproduce_command"
+    code = f"import sys, {modules}; print([n for n in ('torchvision', 'transformers') if n in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
     assert all(entry.description for entry in BACKBONES.values())

@@ -36,7 +36,11 @@ def test_multiply_accumulates_of_a_product_are_counted() -> None:
     assert count_macs(lambda: torch.ones(3, 4) @ torch.ones(4, 5)) == 3 * 4 * 5
 
 
-@pytest.mark.parametrize(("name", "frames"), BACKBONE_GIGAS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "frames"),
+    [pytest.param(*key, marks=pytest.mark.slow if key[1] > 8 else ()) for key in BACKBONE_GIGAS],
+    ids=str,
+)
 def test_backbones_cost_what_the_reference_says(name: str, frames: int) -> None:
     system = BY_NAME[name]
     # Another head would cost the same backbone; this one takes no time.

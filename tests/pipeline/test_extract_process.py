@@ -265,6 +265,7 @@ def assert_only_the_slow_one_is_lost(store: Path, detail: str) -> None:
     assert detail in str(lost.detail)
 
 
+@pytest.mark.slow
 def test_killed_decode_process_costs_one_video(slow_world: World, tmp_path: Path) -> None:
     store = tmp_path / "s.zarr"
     process = start(command(slow_world, store, *SLOW_SAMPLING, options=["--json"]))

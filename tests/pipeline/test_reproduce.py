@@ -206,7 +206,7 @@ TAMPERED_EVERYWHERE: dict[str, object] = {
     "episodes": 9, "best_episode": 99, "selected_on": "nothing", "validation_episodes": 7, "seconds": 1.0,
     "resumptions": 5, "started_utc": "2000-01-01", "second_tries": 3, "lost_decoding_processes": 3,
     "last_weights_sha256": "0" * 64, "best_weights_sha256": "0" * 64, "store_content_hash": "0" * 64,
-    "store_fingerprint": "0" * 64, "split_hash": "0" * 64, "degraded_videos": {"up/1": "short_video"},
+    "store_fingerprint": "0" * 64, "split_hash": "0" * 64, "computed_on": [], "degraded_videos": {"up/1": "short_video"},
     "val_accuracy": 0.99, "val_interval95": 0.001, "test_selected_accuracy_published_protocol": 0.99,
 }  # fmt: skip
 TAMPERED_HELD_OUT = {"heldout_top1": 0.99, "heldout_interval95": 0.001, "heldout_videos": 99, "heldout_top5": 0.99}
