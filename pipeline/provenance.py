@@ -66,7 +66,12 @@ def _is_installed(package: str) -> bool:
 def _git(root: Path, *arguments: str) -> str:
     try:
         return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
+            # `status` would lock the index for a moment, and a commit that somebody makes meanwhile would fail.
+            ["git", "--no-optional-locks", "-C", str(root), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         # No git, or not our repository: the package version alone has to do.
