@@ -23,6 +23,8 @@ def main() -> None:
     debug = "--debug" in sys.argv
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _stop)
+    # A script's background jobs begin with SIGINT ignored; all commands hear it, and not just those that save at it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # torchrun: every rank would print torch's hints on speed. Read when torch is imported.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -1,7 +1,6 @@
-"""For all tests: what is run by hand only is never taken for quick; every test begins with as many threads, and hears Ctrl-C."""
+"""For all tests: what is run by hand only is never taken for quick, and every test begins with as many threads."""
 
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -11,12 +10,6 @@ import pytest
 
 _NUM_THREADS: list[int] = []
 """Of torch, when the first test that finds it loaded began."""
-
-
-def pytest_configure() -> None:
-    """A shell starts its background jobs with Ctrl-C ignored, and so would be all processes that the tests interrupt."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -132,7 +132,13 @@ def test_interrupted_evaluation_does_not_wait_for_a_hung_video(world: World, tmp
     path.write_text(path.read_text().replace("\ndecode_workers = 0", "\ndecode_workers = 1"))
     script = EVALUATE.format(root=str(ROOT), run=str(tmp_path / "run"))
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+        # As a shell starts the background jobs of a script.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )
     try:
         assert process.stdout is not None
