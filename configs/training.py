@@ -153,11 +153,13 @@ class TrainingConfig(BaseModel):
             "gradient_checkpointing": self.gradient_checkpointing,
             "clips_per_forward": self.clips_per_forward,
             "compute_dtype": self.compute_dtype,
+            "backbone_batchnorm": self.backbone_batchnorm if self.backbone_batchnorm != "frozen" else None,
         }
         given = [f"training.{name} = {value!r}" for name, value in of_backbone.items() if value]
         if given and (self.mode == "cached" or self.backbone_learning_rate == 0):
             why = "on the cache there is no backbone" if self.mode == "cached" else "the backbone is frozen"
-            return f"{given[0]} is of a backbone that learns, but {why}. Leave it out."
+            way_out = ' or set "frozen"' if "backbone_batchnorm" in given[0] else ""
+            return f"{given[0]} is of a backbone that learns, but {why}. Leave it out{way_out}."
         if self.mode == "cached" and self.check_videos:
             return "training.check_videos = true tries videos, but cubes are read from the cache. Leave it out."
         if (

@@ -33,12 +33,13 @@ def batch_statistics(training: TrainingConfig, head: str) -> BatchStatistics:
     """What ``training.backbone_batchnorm`` amounts to.
 
     Args:
-        training: None means frozen, and synchronised in classification.
+        training: None means frozen, and synchronised in a classification whose backbone learns.
         head: a key of `episodes.build.HEADS`; its line says how the released code calls its backbone.
     """
     policy = training.backbone_batchnorm
     if policy is None:
-        return "synchronised" if training.mode == "classify" else "frozen"
+        learns = training.backbone_learning_rate != 0
+        return "synchronised" if training.mode == "classify" and learns else "frozen"
     if policy == "published":
         return "supports_then_queries" if HEADS[head].is_backbone_called_twice else "episode"
     return policy

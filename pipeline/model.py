@@ -191,7 +191,7 @@ class ClipEncoder(nn.Module):
             Cubes (E, V, C, T, H, W) float32.
 
         Raises:
-            ValueError: the backbone drew random numbers without seeds.
+            ValueError: the backbone drew random numbers without seeds, or with ``clips_per_forward``.
         """
         if not (self.training and self.is_trained):
             with torch.no_grad():
@@ -212,7 +212,19 @@ class ClipEncoder(nn.Module):
         """Cubes (V, C, T, H, W) of clips (V, F, H, W, 3) that share statistics and noise."""
         is_split = self.learning.batchnorm == "supports_then_queries" and num_supports > 0
         calls = clips.tensor_split([num_supports]) if is_split else (clips,)
-        with noted_moments(self.backbone), own_noise(seed, clips.device):
+        refusal, at_once = None, self.learning.clips_per_forward
+        if at_once is not None and at_once < len(clips):
+            refusal = (
+                f"training.clips_per_forward = {at_once}: the backbone draws random numbers while it learns "
+                "(dropout), and each part of the clips would get others than the whole. Use training.gradient_checkpointing, which "
+                "changes no result."
+            )
+        elif seed is None:
+            refusal = (
+                "the backbone drew random numbers (dropout), and the batch has no seeds for them; give EpisodeBatch.seeds, "
+                "one for each episode"
+            )
+        with noted_moments(self.backbone), own_noise(seed, clips.device, refusal):
             return torch.cat([self._in_parts(call) for call in calls])
 
     def _in_parts(self, clips: Tensor) -> Tensor:
@@ -228,15 +240,16 @@ class ClipEncoder(nn.Module):
 
 
 @contextmanager
-def own_noise(seed: int | None, device: torch.device) -> Iterator[None]:
+def own_noise(seed: int | None, device: torch.device, refusal: str | None = None) -> Iterator[None]:
     """Let what torch's layers draw (dropout) come from a seed alone, and leave the global generators as they were.
 
     Args:
-        seed: of an episode; the stream is not the one that its head draws from. None: drawing is an error.
+        seed: of an episode; the stream is not the one that its head draws from. None: 0 takes its place.
         device: where the layers are.
+        refusal: what is wrong with drawing; None: it is allowed.
 
     Raises:
-        ValueError: something was drawn without a seed.
+        ValueError: something was drawn all the same.
     """
     generators = [torch.default_generator]
     devices = []
@@ -249,12 +262,10 @@ def own_noise(seed: int | None, device: torch.device) -> Iterator[None]:
             generator.manual_seed(first)
         before = [generator.get_state() for generator in generators]
         yield
-        if seed is None and not all(
+        if refusal is not None and not all(
             torch.equal(state, generator.get_state()) for state, generator in zip(before, generators, strict=True)
         ):
-            raise ValueError(
-                "the backbone drew random numbers (dropout), and the batch has no seeds for them; give EpisodeBatch.seeds, one per episode"
-            )
+            raise ValueError(refusal)
 
 
 class FewShotModel(nn.Module):

@@ -44,9 +44,14 @@ CHANGEABLE = frozenset(
         "evaluation.split",
         "backbone.weights",
         "store.path",
+        "store.shard_rows",
         "data.manifest",
     }
 )
+
+
+ORIGINS = (("training", "initial_weights"), ("backbone", "weights"))
+"""Where first weights come from: changeable only as the place of a file."""
 
 
 @dataclass(slots=True)
@@ -113,8 +118,8 @@ def refuse_wrong_folder(folder: Path, resume: bool) -> None:
 def refuse_other_config(config: RunConfig, checkpoint: Mapping[str, Any]) -> None:
     """Refuse to resume with settings that would change the numbers.
 
-    A run may be made longer or shorter where it then equals a run that always had that length: its learning rate does not depend
-    on it, and it stands at the end of a full step.
+    A run may be made longer or shorter where its steps are then those of a run that always had that length: its learning rate does
+    not depend on it, and it stands at the end of a full step. (It was validated where it ended first, and may be best there.)
 
     Raises:
         SetupError: names every such field with both values, or options of the head whose defaults have changed since.
@@ -133,6 +138,7 @@ def refuse_other_config(config: RunConfig, checkpoint: Mapping[str, Any]) -> Non
             "--resume: the head's options that the config leaves out had other defaults when the run began: "
             f"{checkpoint['head_options']}, now {resolved_head_options(config)}. State them, or start a new --out."
         )
+    changeable -= _other_origins(stored, wanted)
     differing = [
         f"{table}.{key}: run {stored[table].get(key)!r}, now {wanted[table].get(key)!r}"
         for table in stored
@@ -143,6 +149,30 @@ def refuse_other_config(config: RunConfig, checkpoint: Mapping[str, Any]) -> Non
         raise SetupError(
             f"--resume with another config: {'; '.join(differing)}. Use the run's own settings, or start a new --out."
         )
+
+
+def _other_origins(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> set[str]:
+    """Where the run's first weights came from, as far as it is not a file that may have been moved: that stays as it was."""
+    found = set()
+    for table, key in ORIGINS:
+        before, now = stored[table].get(key), wanted[table].get(key)
+        if before is None or now is None:
+            found.add(f"{table}.{key}")
+            continue
+        is_same_place = Path(now).resolve() == Path(before)  # of a file that may be gone
+        if not is_same_place and (Path(before).exists() or not Path(now).exists()):
+            found.add(f"{table}.{key}")
+    return found
+
+
+def with_first_origins(config: RunConfig, checkpoint: Mapping[str, Any]) -> RunConfig:
+    """The config of a run that goes on, with the weights that it once began with where they have not been moved."""
+    stored = parse_config(tomllib.loads(checkpoint["config"]))
+    for table, key in ORIGINS:
+        before, now = getattr(getattr(stored, table), key), getattr(getattr(config, table), key)
+        if now is None or not Path(now).exists():
+            config = config.model_copy(update={table: getattr(config, table).model_copy(update={key: before})})
+    return config
 
 
 def load_for_resume(folder: Path) -> Newest:
@@ -191,12 +221,20 @@ def save_run(path: Path, place: Workplace, stepper: Stepper, progress: Progress,
         "split_hash": place.manifest.split_hash,
         "store_spec": place.store.spec.to_json() if place.store else None,
         "cubes_digest": cubes_digest,
+        "dropped": dropped_of(place),
     }
     if is_best:
         save_checkpoint(path, content)
         return
     content |= {"stepper": stepper.state_dict(), "generators": generator_states()}
     save_checkpoint(path, content, keep=path.with_name("previous.pt"))
+
+
+def dropped_of(place: Workplace) -> dict[str, float]:
+    """What a learning backbone drops, where a directory of the user's decides that."""
+    encoder = place.model.encoder
+    is_learning = isinstance(encoder, ClipEncoder) and encoder.is_trained
+    return dict(getattr(encoder.backbone, "dropped", {})) if is_learning else {}
 
 
 def generator_states() -> dict[str, Any]:
@@ -232,7 +270,8 @@ def digest_cubes(place: Workplace) -> str | None:
         views["test"] = range(1)
     digest = hashlib.sha256()
     for split, numbers in views.items():
-        for video in place.manifest.videos_of(split):
+        # In an order of their own: the rows of a manifest may change places, and no episode changes with them.
+        for video in sorted(place.manifest.videos_of(split), key=lambda video: video.video_id):
             for view in numbers:
                 hashes = place.store.row_hashes(RowKey(video.video_id, view))
                 own = None if hashes is None else hashes.get(place.config.head.array)  # a rejected row has none
@@ -241,12 +280,18 @@ def digest_cubes(place: Workplace) -> str | None:
 
 
 def refuse_other_data(checkpoint: Mapping[str, Any], place: Workplace) -> None:
-    """Refuse to resume on other data than the run began with.
+    """Refuse to resume on other data than the run began with, or with other noise.
 
     Raises:
-        SetupError: another split hash, another store, or other cubes in it.
+        SetupError: another split hash, another store, or other cubes in it; a backbone that drops other shares.
     """
     spec = place.store.spec.to_json() if place.store else None
+    dropped = dropped_of(place)
+    if checkpoint.get("dropped", dropped) != dropped:
+        raise SetupError(
+            f"--resume: while it learns, the run's backbone drops {checkpoint['dropped']}, now {dropped}: that stands in the directory "
+            f"that it began with, and {place.config.backbone.weights} is gone or other. Restore it, or start a new --out."
+        )
     if checkpoint["split_hash"] != place.manifest.split_hash:
         raise SetupError(
             f"--resume: the run's split hash is {checkpoint['split_hash'][:12]}, now it is {place.manifest.split_hash[:12]}. "

@@ -83,7 +83,8 @@ def with_settings_of(store: FeatureStore, config: RunConfig) -> RunConfig:
     Raises:
         SetupError: the store holds fewer views than training would draw from.
     """
-    spec, views = store.spec, store.layout()["views"]
+    spec, layout = store.spec, store.layout()
+    views, forward_batch = layout["views"], spec.compute["forward_batch"]
     if config.episodes.train_views > len(views):
         raise SetupError(
             f"episodes.train_views = {config.episodes.train_views}, but the store holds {len(views)} views of each video. "
@@ -98,8 +99,14 @@ def with_settings_of(store: FeatureStore, config: RunConfig) -> RunConfig:
                 name=spec.backbone["name"], weights=DIGEST + spec.weights_digest, options=options
             ),
             "extraction": config.extraction.model_copy(
-                update={"forward_batch": spec.compute["forward_batch"], "compute_dtype": spec.compute["dtype"]}
+                update={"forward_batch": forward_batch, "compute_dtype": spec.compute["dtype"]}
             ),
-            "store": config.store.model_copy(update={"dtype": spec.arrays[config.head.array].dtype}),
+            "store": config.store.model_copy(
+                update={
+                    "dtype": spec.arrays[config.head.array].dtype,
+                    # A config wants whole batches in a shard; a store that a program made may have none.
+                    "shard_rows": forward_batch if layout["shard_rows"] % forward_batch else layout["shard_rows"],
+                }
+            ),
         }
     )

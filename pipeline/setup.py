@@ -158,7 +158,7 @@ def prepare(
         config = resolved_classification(config)
     config = _with_defaults_settled(config)
     if beside is not None:
-        return _prepare_beside(config, device, beside)
+        return _prepare_beside(config, device, beside, checkpoint)
     manifest = load_manifest(config)
     num_classes = len(global_index(config, manifest))
     config = with_absolute_paths(config)
@@ -196,7 +196,9 @@ def _with_defaults_settled(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"training": training.model_copy(update=settled)})
 
 
-def _prepare_beside(config: RunConfig, device: torch.device, first: Workplace) -> Workplace:
+def _prepare_beside(
+    config: RunConfig, device: torch.device, first: Workplace, checkpoint: Mapping[str, Any] | None
+) -> Workplace:
     if not isinstance(first.source, CachedCubes):
         raise SetupError(
             "several heads in one go train on the cache only: end to end each would need a backbone of its own. "
@@ -215,7 +217,7 @@ def _prepare_beside(config: RunConfig, device: torch.device, first: Workplace) -
             f"several heads in one go read one array, but head.array is {first.source.array!r} and {config.head.array!r}."
         )
     model = build_model(config, nn.Identity(), first.source.cube_shape, first.num_classes, device)
-    return replace(first, config=config, model=model, inherited=_inherited(config, first.store, None))
+    return replace(first, config=config, model=model, inherited=_inherited(config, first.store, checkpoint))
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -254,14 +256,16 @@ def build_encoder(config: RunConfig, device: torch.device, checkpoint: Mapping[s
 def trained_backbone(config: RunConfig, checkpoint: Mapping[str, Any]) -> nn.Module:
     """The backbone of an end-to-end run with the run's weights, on the CPU and in evaluation mode.
 
-    Built without the weights that the run started from where options alone decide the network; a network whose sizes come from a
-    directory needs that directory still. Either way it must be the network that the checkpoint describes.
+    Built without the weights that the run started from where options alone decide the network; from the directory that it started
+    from where there is one, which may say what is dropped while it learns. Either way it must be the network that the checkpoint
+    describes.
 
     Raises:
         SetupError: it cannot be built as it was.
     """
     problems = []
-    for weights in ("random:0", config.backbone.weights):
+    own = config.backbone.weights
+    for weights in (own, "random:0") if Path(own).is_dir() else ("random:0", own):
         try:
             backbone = build_backbone(config.backbone.model_copy(update={"weights": weights}), config.sampling)
         except BackboneError as error:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from configs.load import to_toml
+from configs.load import parse_config, to_toml
 from configs.schema import RunConfig
 from pipeline.augmentation import Augmentation
 from pipeline.batches import TrainingBatches
@@ -40,6 +42,7 @@ from pipeline.run_files import (
     refuse_wrong_folder,
     restore_generators,
     set_card_aside,
+    with_first_origins,
 )
 from pipeline.run_lock import locked
 from pipeline.run_log import RunLog
@@ -149,8 +152,11 @@ def _prepare_all(
         if checkpoint is not None:
             refuse_other_config(place.config, checkpoint.content)
             refuse_other_data(checkpoint.content, place)
+            place = replace(place, config=with_first_origins(place.config, checkpoint.content))
         elif config.training.initial_weights:
             load_initial_weights(place.model, Path(config.training.initial_weights), place.manifest.classes("train"))
+        # What is written down here has to be read by every later command.
+        parse_config(tomllib.loads(to_toml(place.config)))
         places.append(place)
         checkpoints.append(checkpoint)
     _refuse_unequal_positions(runs, checkpoints, ranks)

@@ -48,6 +48,7 @@ class VivitOptions(BaseModel):
     """Fewest frames of a clip; MASTAF's ViViT takes 8. Lower it for tests."""
 
 
+DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
@@ -61,6 +62,8 @@ class Vivit(nn.Module):
         self.preprocessing = preprocessing
         self.grid = token_grid(vivit_config)
         self.architecture = architecture_of(vivit_config)
+        self.dropped = {name: float(getattr(vivit_config, name)) for name in DROPOUT}
+        """Shares that are dropped while it learns; `architecture` leaves them out, since no cube depends on them."""
 
     def forward(self, frames: Tensor) -> dict[str, Tensor]:
         """Embed clips: (B, 3, F, H, W) float32 -> {"cube": (B, C, T', H', W')}."""

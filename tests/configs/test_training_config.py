@@ -36,6 +36,8 @@ CLASSIFY = {"mode": "classify"}
         ({"compute_dtype": "bfloat16"}, "on the cache there is no backbone"),
         ({"clips_per_forward": 2}, "on the cache there is no backbone"),
         (END_TO_END | {"backbone_learning_rate": 0.0, "gradient_checkpointing": True}, "the backbone is frozen"),
+        ({"backbone_batchnorm": "episode"}, 'no backbone. Leave it out or set "frozen"'),
+        (END_TO_END | {"backbone_learning_rate": 0.0, "backbone_batchnorm": "published"}, "the backbone is frozen"),
         ({"check_videos": True}, "cubes are read from the cache"),
         ({"milestone_factor": 0.5}, 'is of schedule "multi_step"'),
         ({"decay_norm_and_bias": False}, "changes nothing without training.weight_decay"),

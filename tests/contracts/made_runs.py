@@ -42,17 +42,24 @@ def make_manifest(folder: Path) -> World:
 
 
 def fill_store(
-    world: World, path: Path, weights: str = "random:1", rejected: Sequence[str] = (), absent: Sequence[str] = ()
+    world: World,
+    path: Path,
+    weights: str = "random:1",
+    rejected: Sequence[str] = (),
+    absent: Sequence[str] = (),
+    shard_rows: int = 8,
+    forward_batch: int = 4,
 ) -> Path:
     """A store with noise around a random cube of each class."""
-    config = world.config(f"backbone.weights={weights}")
+    sizes = (f"store.shard_rows={shard_rows}", f"extraction.forward_batch={forward_batch}")
+    config = world.config(f"backbone.weights={weights}", *sizes)
     spec: Spec = build_spec(config, build_backbone(config.backbone, config.sampling), CPU)
     spec = replace(spec, arrays={"cube": replace(spec.arrays["cube"], shape=CUBE_SHAPE)})
     generator = np.random.default_rng(len(weights) + int(weights[-1]))
     classes = sorted({video.class_name for video in world.manifest.videos})
     middle_of = {name: generator.standard_normal(CUBE_SHAPE) for name in classes}
     class_of = {video.video_id: video.class_name for video in world.manifest.videos}
-    with open_store(path, spec=spec, mode="a", shard_rows=8) as store:
+    with open_store(path, spec=spec, mode="a", shard_rows=shard_rows) as store:
         store.plan([video_id for video_id in class_of if video_id not in absent], [0])
         for shard in store.pending():
             cubes = [

@@ -234,13 +234,12 @@ def test_what_is_run_again_sees_the_same_noise(noisy: nn.Module) -> None:
     clips, seeds = random_clips(2, 3), torch.tensor([3, 4])
     kept = learnt(noisy, clips, BackboneLearning(), seeds=seeds)
     assert_same(learnt(noisy, clips, BackboneLearning(gradient_checkpointing=True), seeds=seeds), kept)
-    # In parts other numbers are drawn; with one part for all clips they are the same.
     assert_same(learnt(noisy, clips, BackboneLearning(clips_per_forward=3), seeds=seeds), kept)
-    both = BackboneLearning(clips_per_forward=2, gradient_checkpointing=True)
-    assert_same(
-        learnt(noisy, clips, both, seeds=seeds),
-        learnt(noisy, clips, BackboneLearning(clips_per_forward=2), seeds=seeds),
-    )
+
+
+def test_parts_of_an_episode_would_draw_other_noise_so_they_are_refused(noisy: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"clips_per_forward = 2: .*gradient_checkpointing, which changes no result"):
+        learnt(noisy, random_clips(2, 3), BackboneLearning(clips_per_forward=2), seeds=torch.tensor([3, 4]))
 
 
 def test_dropout_of_a_transformer_is_seeded_too(tmp_path: Path) -> None:
