@@ -452,9 +452,13 @@ def train(
 ) -> None:
     """Stage 2, end to end or classification: train as RECIPE says (a TOML file, or the name of one that ships).
 
-    On several GPUs or machines: torchrun --nproc-per-node N -m cli train RECIPE ...
+    On several GPUs or machines: torchrun --nproc-per-node N "$(which mastaf)" train RECIPE ...
     """
-    goes_on = None if resume_or_start and not resume else resume
+    if resume and resume_or_start:
+        raise click.UsageError(
+            "--resume and --resume-or-start exclude each other: the first one needs a run to go on from."
+        )
+    goes_on = None if resume_or_start else resume
     if heads is not None:
         from pipeline.train_heads import train_heads
 

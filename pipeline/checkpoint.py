@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message says why and what to do."""
 
 
+class WriteError(OSError):
+    """A file of a run cannot be written; the message says which, why and what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Newest:
     """A checkpoint that was found."""
@@ -28,10 +33,35 @@ class Newest:
     """What is wrong with others that were passed over."""
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says of a write into one line with the path and the way out.
+
+    Raises:
+        WriteError: in place of an OSError, also of one that torch wraps into a RuntimeError of its own.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        hidden: BaseException | None = error
+        while hidden is not None and not isinstance(hidden, OSError):
+            hidden = hidden.__context__
+        if hidden is None or isinstance(hidden, WriteError):
+            raise
+        raise WriteError(
+            f"{path} cannot be written ({hidden.strerror or hidden}). What was written before is whole: make room, or mend the "
+            "folder, and start the same command again (with --resume where the run has done a step)."
+        ) from error
+
+
 def write_file(path: Path, data: bytes) -> None:
-    """Replace a file so that a reader, or a crash, sees the old content or the new one, whole."""
+    """Replace a file so that a reader, or a crash, sees the old content or the new one, whole.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with aside.open("wb") as file:
+    with writing(path), aside.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -46,10 +76,13 @@ def save_checkpoint(path: Path, content: dict[str, Any], keep: Path | None = Non
         path: replaced at once; a reader, or a crash, sees the old file or the new one.
         content: what to write.
         keep: gets the file that `path` held before, so that there is a good one whatever becomes of the new one.
+
+    Raises:
+        WriteError: it cannot be written.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     content = {"format": FORMAT, **content}
-    with aside.open("wb") as file:
+    with writing(path), aside.open("wb") as file:
         torch.save({**content, "digest": content_digest(content)}, file)
         file.flush()
         os.fsync(file.fileno())
@@ -99,7 +132,7 @@ def load_newest(paths: Sequence[Path]) -> Newest:
         paths: where one may be, the newest first; those that do not exist are passed over.
 
     Raises:
-        CheckpointError: none of them can be read; the reason of the first.
+        CheckpointError: none of them can be read; the reason of each.
     """
     problems: list[CheckpointError] = []
     for path in paths:
@@ -109,7 +142,12 @@ def load_newest(paths: Sequence[Path]) -> Newest:
             return Newest(path, load_checkpoint(path), tuple(str(problem) for problem in problems))
         except CheckpointError as error:
             problems.append(error)
-    raise problems[0] if problems else CheckpointError(f"no checkpoint {paths[0]}.")
+    if not problems:
+        raise CheckpointError(f"no checkpoint {paths[0]}.")
+    if len(problems) > 1:
+        others = " ".join(map(str, problems[1:]))
+        raise CheckpointError(f"{problems[0]} Nor is there another to go on from: {others}")
+    raise problems[0]
 
 
 def content_digest(content: Any) -> str:

@@ -90,7 +90,8 @@ def extract_config(
         path = from_run / "config.toml"
         if not (from_run / "backbone.pt").is_file():
             raise SetupError(
-                f"{from_run} holds no trained backbone (backbone.pt); only end-to-end and classification runs that have ended do."
+                f"{from_run} holds no backbone.pt, which end-to-end and classification runs have when they have ended. Go on with "
+                "`mastaf train` and --resume: an ended run trains nothing more, and writes it anew."
             )
     elif recipe is None and backbone is None:
         raise SetupError(

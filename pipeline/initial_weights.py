@@ -80,6 +80,10 @@ def load_initial_weights(model: FewShotModel, path: Path, train_classes: Sequenc
         CheckpointError: unreadable, of no known kind, or a part of the model is missing in it or has another shape.
         ValueError: a published checkpoint that does not fit the head or the backbone.
     """
+    if path.is_dir():
+        raise CheckpointError(
+            f"training.initial_weights = {str(path)!r} is a folder. Give a file: {path / 'best.pt'}, for a run."
+        )
     content = load_weights(path)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint.")
@@ -87,17 +91,23 @@ def load_initial_weights(model: FewShotModel, path: Path, train_classes: Sequenc
         is_of_classes = _is_classification(content)
         has_other_classes = is_of_classes and set(content["classes"]["train"]) != set(train_classes)
         if is_of_classes == isinstance(model, ClassifierModel) and not has_other_classes:
-            _load_ours(model, content["model"], path)
+            _load_ours(model, content, path)
         else:
             _load_backbone_of_ours(model, content["model"], path, is_of_classes)
     else:
         _load_published(model, content, path)
 
 
-def _load_ours(model: FewShotModel, state: Mapping[str, Tensor], path: Path) -> None:
-    own = model.state_dict()
+def _load_ours(model: FewShotModel, content: Mapping[str, Any], path: Path) -> None:
+    own, state = model.state_dict(), content["model"]
+    if not own:
+        say(f"warning: {path} gives nothing here: this head has no weights, and on the cache there is no backbone")
+        return
     _refuse_misfit(own, state, path, "Start from a run with the same head, cubes and classes.")
     model.load_state_dict({name: state[name] for name in own})
+    parts = "backbone and head" if isinstance(model.encoder, ClipEncoder) else "the head"
+    head = tomllib.loads(content["config"])["head"]["name"]
+    say(f"starting from {path} (head {head}, after {content['progress']['episode']} episodes): {parts}")
 
 
 def _load_backbone_of_ours(model: FewShotModel, state: Mapping[str, Tensor], path: Path, is_of_classes: bool) -> None:

@@ -33,7 +33,8 @@ BAD_VIDEO = (VideoError, VideoTooShortError)
 WAY_OUT = (
     "An episode never avoids a video silently. Repair the file: a run that has begun goes on with --resume. Or write a manifest "
     "without it by `mastaf extract` followed by `mastaf dataset exclude MANIFEST --from-store STORE --out NEW.csv`: other videos are "
-    "other episodes, so that is for a new run (another --out, from this one's weights with training.initial_weights)."
+    "other episodes, so that is for a new run (another --out, from this one's weights with training.initial_weights), or for "
+    "`mastaf evaluate RUN --manifest NEW.csv`."
 )
 
 LOOK_SECONDS = 0.2

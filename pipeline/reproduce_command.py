@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cache.store import StoreError
 from pipeline.card_checks import contradictions, refuse_unknown_tables
 from pipeline.card_reading import CardError, RecordedEvaluation, read_card
 from pipeline.console import progress
@@ -17,6 +19,7 @@ from pipeline.held_out_again import num_parameters_of, score_again
 from pipeline.outcomes import bits_digest, parting, read_outcomes
 from pipeline.provenance import code_version, hardware, library_versions
 from pipeline.ranks import Ranks, joined_ranks
+from pipeline.run_card import weights_sha256
 from pipeline.run_page import percent, protocol_words
 from pipeline.scoring import LoadedRun, evaluate_run, load_run
 from pipeline.setup import choose_device
@@ -51,6 +54,16 @@ class Again:
 
 
 @dataclass(frozen=True, slots=True)
+class NotDone:
+    """One evaluation that cannot be run here."""
+
+    name: str
+    recorded: str
+    """Accuracy of the card."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Change:
     """Something that is not what it was when the card was written."""
 
@@ -70,11 +83,13 @@ class Reproduction:
     """What the card says against itself, against the run's config, logs or checkpoints; one sentence each."""
     changes: tuple[Change, ...]
     """Versions and machines that differ; they explain a difference, and are none."""
+    not_done: tuple[NotDone, ...] = ()
+    """What cannot be run: a store or a manifest is gone, or it is not the run's."""
 
     @property
     def is_identical(self) -> bool:
         """Whether everything that the card says of accuracies is so."""
-        return not self.contradictions and all(each.is_identical for each in self.evaluations)
+        return not self.contradictions and not self.not_done and all(each.is_identical for each in self.evaluations)
 
     def to_json(self) -> dict[str, Any]:
         """For programs."""
@@ -82,6 +97,7 @@ class Reproduction:
             "card": str(self.card),
             "identical": self.is_identical,
             "evaluations": [asdict(each) for each in self.evaluations],
+            "not_done": [asdict(each) for each in self.not_done],
             "contradictions": list(self.contradictions),
             "changes": [asdict(each) for each in self.changes],
         }
@@ -92,6 +108,7 @@ class Reproduction:
         for each in self.evaluations:
             verdict = "identical" if each.is_identical else "DIFFERS"
             lines.append(f"{verdict:<9}  {each.name}: card {each.recorded}, now {each.found}; {each.explanation}")
+        lines += [f"NOT DONE   {each.name}: card {each.recorded}; {each.reason}" for each in self.not_done]
         lines += [f"WRONG      {each}" for each in self.contradictions]
         lines += [f"changed    {each.what}: card {each.card}, now {each.now}" for each in self.changes]
         lines.append(f"{self.card}: {'identical' if self.is_identical else 'not identical'}")
@@ -116,7 +133,7 @@ def reproduce(
 
     Raises:
         CardError: no card, a damaged one, or one without an evaluation to run.
-        SetupError, SpecMismatch, SourceError: the run cannot be opened as it was.
+        SetupError, SpecMismatch, SourceError: the run cannot be opened as it was, for none of the evaluations.
     """
     folder = path if path.is_dir() else path.parent
     card = read_card(path)
@@ -124,15 +141,22 @@ def reproduce(
     recorded = _recorded(card, split, folder)
     runs: dict[_Places, LoadedRun] = {}
     with joined_ranks(choose_device(device)) as (ranks, chosen), progress("reproduce") as on_progress:
-        found = []
+        found: list[Again] = []
+        failed: list[tuple[NotDone, Exception]] = []
         total, done = sum(entry.episodes for entry in recorded), 0
         try:
             for entry in recorded:
                 places = (store_path or _place(folder, entry.store), manifest or _place(folder, entry.manifest))
-                if places not in runs:
-                    runs[places] = load_run(folder, chosen, *places, ranks)
-                found.append(_again(runs[places], entry, folder, chosen, _offset(on_progress, done, total), ranks))
+                try:
+                    if places not in runs:
+                        runs[places] = load_run(folder, chosen, *places, ranks)
+                    found.append(_again(runs[places], entry, folder, chosen, _offset(on_progress, done, total), ranks))
+                except (ValueError, OSError, StoreError) as error:
+                    failed.append((NotDone(_name(entry), percent(entry.accuracy, entry.interval95), str(error)), error))
                 done += entry.episodes
+            if failed and not found:
+                _refuse_other_weights(folder, card)
+                raise failed[0][1]
             if not runs:
                 runs[store_path, manifest] = load_run(folder, chosen, store_path, manifest, ranks)
             first = next(iter(runs.values()))
@@ -143,15 +167,30 @@ def reproduce(
         finally:
             for run in runs.values():
                 run.close()
-    return Reproduction(folder / "card.json", tuple(found), tuple(wrong), tuple(changes))
+    return Reproduction(
+        folder / "card.json", tuple(found), tuple(wrong), tuple(changes), tuple(each for each, _ in failed)
+    )
+
+
+def _refuse_other_weights(folder: Path, card: Mapping[str, Any]) -> None:
+    """Say at once what is wrong where the run's data fit its card, but not its best.pt."""
+    written, now = card.get("best_weights_sha256"), weights_sha256(folder / "best.pt")
+    if now is not None and written not in (None, now):
+        raise CardError(
+            f"the weights of {folder / 'best.pt'} are {now[:12]}, but the card is of {written[:12]}. Restore them."
+        )
+
+
+def _name(entry: RecordedEvaluation) -> str:
+    return f"{entry.split}, {protocol_words(entry.model_dump())}, {entry.episodes} episodes, seed {entry.seed}"
 
 
 def _place(folder: Path, recorded: str | None) -> str | None:
     """A recorded path from here: it is relative to the run's folder, or in earlier cards to where `evaluate` was typed."""
     if recorded is None:
         return None
-    path = folder / recorded
-    return str(path) if path.exists() else recorded
+    path = Path(os.path.normpath(folder / recorded))
+    return str(path) if path.exists() or not Path(recorded).exists() else recorded
 
 
 def _recorded(card: Mapping[str, Any], split: str | None, folder: Path) -> list[RecordedEvaluation]:
@@ -221,7 +260,7 @@ def _compared(entry: RecordedEvaluation, episode_hash: str, score: Accuracy, fol
     else:
         explanation = f"all {is_right.size} queries of {score.episodes} episodes"
     return Again(
-        name=f"{entry.split}, {protocol_words(entry.model_dump())}, {entry.episodes} episodes, seed {entry.seed}",
+        name=_name(entry),
         is_identical=same_episodes and same_answers and same_number,
         recorded=percent(entry.accuracy, entry.interval95),
         found=percent(score.accuracy, score.interval95),

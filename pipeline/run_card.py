@@ -50,7 +50,7 @@ def write_card(
         The content of card.json.
     """
     config = place.config
-    best_digest = _weights_digest(folder / "best.pt")
+    best_digest = weights_sha256(folder / "best.pt")
     card: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "run": folder.resolve().name,
@@ -63,7 +63,7 @@ def write_card(
         **_course(progress, num_together, num_ranks),
         **_data(place, progress),
         "best_weights_sha256": best_digest,
-        "last_weights_sha256": _weights_digest(folder / "last.pt"),
+        "last_weights_sha256": weights_sha256(folder / "last.pt"),
         "num_parameters": sum(parameter.numel() for parameter in place.model.parameters()),
         "code_version": code_version(),
         "libraries": library_versions(),
@@ -149,7 +149,7 @@ def record_evaluation(
             "store_as_given": store,
             "manifest": _from_run(manifest, folder),
             "manifest_as_given": manifest,
-            "best_weights_sha256": _weights_digest(folder / "best.pt"),
+            "best_weights_sha256": weights_sha256(folder / "best.pt"),
             "evaluated_utc": _now(),
             "code_version": result["code_version"],
             "libraries": library_versions(),
@@ -221,7 +221,7 @@ def _commands(name: str, episodes: int, num_ranks: int) -> dict[str, str]:
     }
 
 
-def _weights_digest(path: Path) -> str | None:
+def weights_sha256(path: Path) -> str | None:
     """SHA-256 over names, types, shapes and bytes of a checkpoint's weights; None where there is no checkpoint."""
     return content_digest(load_checkpoint(path)["model"]) if path.is_file() else None
 

@@ -75,7 +75,7 @@ class Progress:
     best_episode_hash: str | None = None
     """Of the episodes of that validation."""
     resumptions: int = 0
-    """How often the run was gone on with."""
+    """How often the run was gone on with, while something was left to do."""
     started_utc: str | None = None
     """When it began, ISO 8601."""
     degraded: dict[str, str] = field(default_factory=dict)
@@ -188,6 +188,19 @@ def load_for_resume(folder: Path) -> Newest:
             f"{found.path} is of an earlier version, which kept another state. Train anew into another --out."
         )
     return found
+
+
+def refuse_lost_best(folder: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a run whose best checkpoint is gone before hours go into it: without that it has no result.
+
+    Raises:
+        SetupError: it was validated, and there is no best.pt.
+    """
+    if checkpoint["progress"]["validated_episode"] >= 0 and not (folder / "best.pt").is_file():
+        raise SetupError(
+            f"{folder / 'best.pt'} is gone, the best weights so far (after {checkpoint['progress']['best_episode']} episodes). Restore "
+            f'it from a copy, or begin another run with training.initial_weights="{folder / "last.pt"}" and a new --out.'
+        )
 
 
 def note_resumption(checkpoint: Newest) -> None:

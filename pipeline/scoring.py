@@ -24,7 +24,7 @@ from pipeline.extraction import build_spec, video_sources
 from pipeline.model import FewShotModel
 from pipeline.provenance import code_version
 from pipeline.ranks import ALONE, Ranks
-from pipeline.run_files import resolved_head_options
+from pipeline.run_files import is_begun, load_for_resume, refuse_lost_best, resolved_head_options
 from pipeline.settings import SetupError, open_configured_store
 from pipeline.setup import build_encoder, build_model, encoder_cube_shape, load_manifest, make_sampler
 from pipeline.sources import CachedCubes, EncodedClips, LiveClips, Source
@@ -113,6 +113,8 @@ def read_run(folder: Path, device: torch.device, manifest_path: str | None = Non
     if not (folder / "config.toml").is_file():
         raise SetupError(f"{folder} holds no run (no config.toml). Train one: `mastaf train RECIPE --out {folder}`.")
     if not (folder / "best.pt").is_file():
+        if is_begun(folder):
+            refuse_lost_best(folder, load_for_resume(folder).content)
         raise SetupError(
             f"{folder} has not come to its first validation (no best.pt). Go on with `mastaf train RECIPE --out {folder} --resume`."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from cache.open import open_store
@@ -30,6 +31,11 @@ def open_configured_store(config: RunConfig, path: str | None = None) -> Feature
     where = path or config.store.path
     if not where:
         raise SetupError("store.path is not set. Give --set store.path=FOLDER.zarr (filled by `mastaf extract`).")
+    if "://" not in where and not Path(where).exists():
+        raise SetupError(
+            f"there is no store at {where}. If it was moved, say where it is now: --store PATH, or --set store.path=PATH for train; "
+            f"or make it: mastaf extract --store {where}"
+        )
     store = open_store(where, kind=config.store.kind)
     if config.head.array not in store.spec.arrays:
         store.close()

@@ -99,6 +99,11 @@ def load_manifest(config: RunConfig) -> Manifest:
         raise SetupError(
             "data.manifest is not set. Give --set data.manifest=FILE.csv (made by `mastaf dataset scan DIR --out FILE.csv`)."
         )
+    if not Path(config.data.manifest).exists():
+        raise SetupError(
+            f"manifest {config.data.manifest} is not there. If it was moved, say where it is now: --manifest FILE, or "
+            "--set data.manifest=FILE for train."
+        )
     manifest = read_manifest(Path(config.data.manifest), allow_outside=config.data.allow_outside)
     refuse_overlap(manifest, allow=config.data.allow_overlap)
     return manifest

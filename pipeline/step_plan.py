@@ -36,8 +36,8 @@ class StepPlan:
         per_step, world_size = self.config.episodes_per_step, self.ranks.world_size
         if per_step < world_size:
             raise ValueError(
-                f"training.episodes_per_step = {per_step} cannot be shared by {world_size} ranks. Start at most {per_step}, "
-                "or raise it."
+                f"training.episodes_per_step = {per_step} cannot be shared by {world_size} ranks. Start at most "
+                f"{per_step} ranks, or raise episodes_per_step."
             )
         if self.config.backbone_batchnorm == "synchronised" and self.config.episodes:
             self._refuse_steps_without_an_episode_for_each_rank()

@@ -91,8 +91,8 @@ def _say_result(card: Mapping[str, Any], folder: Path) -> None:
         )
     if "heldout_top1" in card:
         say(
-            f"best: {100 * card['heldout_top1']:.2f} ± {100 * card['heldout_interval95']:.2f} % of the held-out videos classified "
-            f"after {card['best_episode']} clips"
+            f"at that checkpoint: {100 * card['heldout_top1']:.2f} ± {100 * card['heldout_interval95']:.2f} % of the held-out videos "
+            f"classified, after {card['best_episode']} clips"
         )
     if card["test_selected_accuracy_published_protocol"] is not None:
         say(

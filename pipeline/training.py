@@ -27,6 +27,7 @@ from pipeline.learning import Learner, TrainingError
 from pipeline.loop import run_loop
 from pipeline.model import ClipEncoder
 from pipeline.optimisation import make_stepper
+from pipeline.output_folder import check_output_folder
 from pipeline.parameter_groups import freeze_parameters
 from pipeline.ranks import ALONE, RankLost, Ranks
 from pipeline.run_card import write_card
@@ -37,6 +38,7 @@ from pipeline.run_files import (
     is_begun,
     load_for_resume,
     note_resumption,
+    refuse_lost_best,
     refuse_other_config,
     refuse_other_data,
     refuse_wrong_folder,
@@ -107,6 +109,9 @@ def train_together(
     Raises:
         As `train`.
     """
+    if ranks.is_first:
+        for _, folder in runs:
+            check_output_folder(folder)
     with ExitStack() as held:
         held.enter_context(deterministic(runs[0][0].training.deterministic))
         places, checkpoints = _prepare_all(runs, device, resume, ranks, held)
@@ -143,6 +148,8 @@ def _prepare_all(
         if goes_on and ranks.is_first:
             held.enter_context(locked(folder))
         checkpoint = load_for_resume(folder) if goes_on else None
+        if checkpoint is not None:
+            refuse_lost_best(folder, checkpoint.content)
         place = prepare(
             config, device, checkpoint.content if checkpoint else None, beside=places[0] if places else None
         )
@@ -205,7 +212,7 @@ def _restore(job: TrainingJob, checkpoint: Newest) -> None:
     job.stepper.load_state_dict(content["stepper"])
     restore_generators(content["generators"])
     job.progress = Progress(**content["progress"])
-    job.progress.resumptions += 1
+    job.progress.resumptions += job.has_something_left()
 
 
 def _begin(job: TrainingJob, checkpoint: Newest | None, held: ExitStack) -> None:
@@ -245,10 +252,10 @@ def _begin(job: TrainingJob, checkpoint: Newest | None, held: ExitStack) -> None
 
 def _note_place(job: TrainingJob) -> None:
     """Write down what computes the run from here on, and say where that has changed."""
-    progress = job.progress
-    if progress.episode >= job.training.episodes and not job.is_validation_due():
-        return  # nothing is left to compute
-    change = note_place(progress.computed_on, progress.episode, computed_here(job.place.device, job.ranks.world_size))
+    if not job.has_something_left():
+        return
+    here = computed_here(job.place.device, job.ranks.world_size)
+    change = note_place(job.progress.computed_on, job.progress.episode, here)
     if change:
         say(f"warning: {change}: bits may differ from those of a run that was never stopped")
 

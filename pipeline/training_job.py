@@ -15,7 +15,7 @@ from torch import nn
 from configs.training import TrainingConfig
 from episodes.sampler import EpisodeSampler
 from pipeline.batches import TrainingBatches
-from pipeline.checkpoint import write_file
+from pipeline.checkpoint import write_file, writing
 from pipeline.classify_score import HeldOutScore, score_held_out
 from pipeline.evaluation import Accuracy, evaluate_model
 from pipeline.interrupts import Stopped, StopRequest
@@ -84,7 +84,8 @@ class TrainingJob:
         self._clock = self._saved = began
         self._note_source()
         if self.log is not None:
-            self.log.sync()
+            with writing(self.folder / "metrics.jsonl"):
+                self.log.sync()
         if self.ranks.is_first:
             save_run(self.folder / name, self.place, self.stepper, self.progress, self.cubes_digest)
         self._seconds["seconds_saving"] = self._seconds.get("seconds_saving", 0.0) + time.monotonic() - began
@@ -136,6 +137,10 @@ class TrainingJob:
             self.validate()
         elif time.monotonic() - self._saved >= self.training.save_seconds:
             self.save("last.pt")
+
+    def has_something_left(self) -> bool:
+        """Whether there is anything to compute: steps, or the last validation."""
+        return self.progress.episode < self.training.episodes or self.is_validation_due()
 
     def is_validation_due(self) -> bool:
         """Whether the run has passed a place where it is validated."""
@@ -205,7 +210,9 @@ class TrainingJob:
         """Called while videos are tried: leave at once when a signal came."""
         del done, total
         if self.stop.signal_number is not None:
-            raise Stopped(self.stop.signal_number, f"nothing new was trained in {self.folder}")
+            raise Stopped(
+                self.stop.signal_number, f"nothing new was trained in {self.folder}; start the same command again"
+            )
 
     def stopped(self) -> Stopped:
         """The error that ends a stopped run after it was saved."""
@@ -218,7 +225,8 @@ class TrainingJob:
     def write(self, line: dict[str, Any], measured: Mapping[str, float]) -> None:
         """A line to the logs and to whoever listens, on the first rank."""
         if self.log is not None:
-            self.log.write(line, measured)
+            with writing(self.folder / "metrics.jsonl"):
+                self.log.write(line, measured)
             self.report(line)
 
     def write_not_finite(self, error: TrainingError, batches: TrainingBatches) -> None:

@@ -18,7 +18,7 @@ from pipeline.whole_outputs import OutputDamaged
 
 SCORED_MANIFEST = "scored.csv"
 """In a comparison's folder, where the store lacks videos: the manifest without them."""
-_SAME = ("episode_hash", "k_shot", "n_query", "store_fingerprint")
+_SAME = ("episode_hash", "k_shot", "n_query", "store_fingerprint", "accuracy", "interval95")
 """What finds an evaluation again among those of a card."""
 
 
@@ -63,7 +63,7 @@ def refuse_unnoted_comparison(runs: Sequence[Path], folder: Path) -> None:
     compared = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
     shared = {key: compared[key] for key in ("episode_hash", "k_shot", "n_query")}
     for run, row in zip(runs, compared["runs"], strict=True):
-        _refuse_unnoted(run, [{**shared, "store_fingerprint": row["store_fingerprint"]}])
+        _refuse_unnoted(run, [{**row, **shared}])
 
 
 def refuse_unnoted_live(run: Path, file: Path) -> None:

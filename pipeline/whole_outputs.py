@@ -12,6 +12,7 @@ from cache.errors import StoreError
 from cache.open import FORMATS, open_files, open_store
 from cache.verify import verify
 from episodes.datasets import Manifest
+from pipeline.card_reading import CardError, read_card
 from pipeline.checkpoint import content_digest, load_checkpoint
 from pipeline.extraction import video_sources
 from pipeline.extraction_feed import has_file, is_other_input, source_text
@@ -27,16 +28,22 @@ class OutputDamaged(ValueError):
 def run_hashes(folder: Path) -> dict[str, str]:
     """Of a run that has ended: its best weights, and its backbone where it trained one.
 
-    Its config and card only have to be there: what they say of the weights stands in best.pt too.
+    Its config only has to be there: what it says of the weights stands in best.pt too.
 
     Raises:
-        OutputDamaged: a file is missing.
+        OutputDamaged: a file is missing, or the card is damaged or that of other weights.
         CheckpointError: a checkpoint cannot be read.
     """
     missing = [name for name in ("best.pt", "config.toml", "card.json") if not (folder / name).is_file()]
     if missing:
         raise OutputDamaged(f"{missing[0]} is missing")
     found = {"weights": content_digest(load_checkpoint(folder / "best.pt")["model"])}
+    try:
+        card = read_card(folder)
+    except CardError as error:
+        raise OutputDamaged(str(error)) from error
+    if card.get("best_weights_sha256") != found["weights"]:
+        raise OutputDamaged("card.json is that of other weights")
     if (folder / "backbone.pt").is_file():
         found["backbone"] = content_digest(load_checkpoint(folder / "backbone.pt")["state_dict"])
     return found

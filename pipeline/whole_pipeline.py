@@ -15,6 +15,7 @@ from pipeline.console import say
 from pipeline.interrupts import Stopped
 from pipeline.output_folder import check_output_folder
 from pipeline.provenance import code_version, hardware, library_versions
+from pipeline.run_files import is_begun
 from pipeline.run_lock import locked
 from pipeline.settings import SetupError
 from pipeline.whole_configs import load_configs
@@ -61,6 +62,8 @@ def run_pipeline(
         records = Records.read(folder)
         return _plan(steps, records, _with_earlier_permission(wanted, records, steps))
     check_output_folder(folder)
+    if is_begun(folder):
+        raise SetupError(f"--out {folder} holds a run of `mastaf train`; give a folder of the pipeline's own.")
     with _held(folder), _threads(file):
         records = Records.read(folder)
         runner = _Runner(steps, records, _with_earlier_permission(wanted, records, steps))

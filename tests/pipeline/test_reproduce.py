@@ -113,6 +113,30 @@ def test_json_holds_every_evaluation(mastaf: Run, scored: Path) -> None:
         assert (each["episodes_differing"], each["queries_differing"]) == (0, 0)
 
 
+def test_evaluation_whose_store_is_gone_hides_no_other(mastaf: Run, made: MadeRuns, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(made.heads[0], tmp_path / "run"))
+    shutil.copytree(made.store_path, tmp_path / "other.zarr")
+    evaluate_folder(EvaluationRequest(run, episodes=10, store_path=str(tmp_path / "other.zarr")), "cpu")
+    (tmp_path / "other.zarr").rename(tmp_path / "moved.zarr")
+    code, out, _ = mastaf("reproduce", run, "--device", "cpu")
+    assert code == 1
+    first, second = out.splitlines()[:2]
+    assert first.startswith("identical  val")
+    assert second.startswith("NOT DONE   test, 2-way 1-shot")
+    assert f"there is no store at {tmp_path}/other.zarr. If it was moved, say where it is now: --store PATH" in second
+    assert "run/card.json: not identical" in out
+    code, out, _ = mastaf("reproduce", run, "--device", "cpu", "--store", tmp_path / "moved.zarr")
+    assert (code, out.count("identical  ")) == (0, 2), out
+
+
+def test_other_weights_are_named_where_nothing_can_be_run(mastaf: Run, made: MadeRuns, tmp_path: Path) -> None:
+    run = score(Path(shutil.copytree(made.heads[1], tmp_path / "run")))
+    shutil.copy(made.seeds[0] / "best.pt", run / "best.pt")
+    code, _, err = mastaf("reproduce", run, "--device", "cpu", "--store", tmp_path / "gone.zarr")
+    assert code == 2
+    assert f"the weights of {run}/best.pt are " in err
+
+
 def test_other_weights_are_found_with_the_first_episode_that_differs(
     mastaf: Run, made: MadeRuns, tmp_path: Path
 ) -> None:

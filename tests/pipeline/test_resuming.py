@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import random
+import resource
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from contracts.made_runs import MadeRuns, fill_store, make_manifest
 from contracts.world import World
 from episodes.datasets import Manifest, write_manifest
 from pipeline import training
-from pipeline.checkpoint import load_checkpoint
+from pipeline.checkpoint import CheckpointError, WriteError, load_checkpoint
 from pipeline.interrupts import Stopped
 from pipeline.scoring import load_run
 from pipeline.settings import SetupError
@@ -174,3 +175,58 @@ def test_file_system_without_locks_is_told_and_used(
     monkeypatch.setattr(fcntl, "flock", refuse)
     training.train(on_cubes(made), tmp_path / "run", CPU)
     assert "has no locks (Function not implemented)" in capfd.readouterr().err
+
+
+def test_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(world: World, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk; torch hides the system's error in one of its own."""
+    config = world.config("training.mode=end_to_end")
+    training.train(config, tmp_path / "whole", CPU)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(WriteError, match=r"run/last\.pt cannot be written \(File too large\).*make room"):
+            training.train(config, tmp_path / "run", CPU)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    training.train(config, tmp_path / "run", CPU, resume=None)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+
+def test_lost_best_checkpoint_is_told_before_any_work(made: MadeRuns, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    stopped(on_cubes(made, "training.validate_every=2", "training.episodes_per_step=1"), run, 3)
+    (run / "best.pt").unlink()
+    with pytest.raises(SetupError, match=r"best\.pt is gone, the best weights so far \(after 2 episodes\)"):
+        training.train(
+            on_cubes(made, "training.validate_every=2", "training.episodes_per_step=1"), run, CPU, resume=True
+        )
+    with pytest.raises(SetupError, match=r"best\.pt is gone"):
+        load_run(run, CPU)
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file"])
+def test_folder_that_cannot_be_written_is_refused_before_any_work(made: MadeRuns, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "taken").write_text("mine")
+    folder = tmp_path / ("taken" if kind == "file" else "taken/run")
+    with pytest.raises(SetupError, match=f"{folder}.* give a(nother)? folder"):
+        training.train(on_cubes(made), folder, CPU)
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_what_a_start_gives_is_said(made: MadeRuns, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    training.train(on_cubes(made), tmp_path / "start", CPU)
+    given = f'training.initial_weights="{tmp_path / "start/best.pt"}"'
+    training.train(on_cubes(made, given), tmp_path / "run", CPU)
+    assert f"starting from {tmp_path}/start/best.pt (head mastaf, after 6 episodes): the head" in capfd.readouterr().err
+    training.train(on_cubes(made, given, "head.name=bi_mhm"), tmp_path / "other", CPU)
+    assert "gives nothing here: this head has no weights" in capfd.readouterr().err
+    folder = tmp_path / "start"
+    with pytest.raises(CheckpointError, match=r"is a folder\. Give a file: .*start/best\.pt"):
+        training.train(on_cubes(made, f'training.initial_weights="{folder}"'), tmp_path / "third", CPU)
+
+
+def test_moved_data_are_asked_for_by_the_option_that_names_them(made: MadeRuns, tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match=r"no store at .*--store PATH, or --set store\.path=PATH"):
+        training.train(made.world.config('store.path="gone.zarr"'), tmp_path / "run", CPU)
+    with pytest.raises(SetupError, match=r"gone\.csv is not there.*--manifest FILE, or --set data\.manifest=FILE"):
+        training.train(on_cubes(made, 'data.manifest="gone.csv"'), tmp_path / "run", CPU)

@@ -315,6 +315,25 @@ def test_deleted_checkpoint_is_noticed_and_what_comes_out_the_same_again_is_kept
     assert results(report) == results(report_of(again))
 
 
+@pytest.mark.parametrize("kind", ["of another run", "damaged"])
+def test_card_that_is_not_the_runs_is_noticed(file: Path, again: Path, kind: str) -> None:
+    text = (again / "heads/neighbor/card.json").read_text()
+    (again / "heads/mastaf/card.json").write_text(text if kind == "of another run" else text[:100])
+    report = run(file, again)
+    assert made(report) == ["heads/mastaf", *STAGES[4:]]
+    assert json.loads((again / "heads/mastaf/card.json").read_text())["head"] == "mastaf"
+    assert results(report) == results(report_of(again))
+
+
+def test_folder_of_a_run_is_none_for_a_pipeline(file: Path, again: Path) -> None:
+    before = sorted((again / "heads/mastaf").rglob("*"))
+    with pytest.raises(
+        SetupError, match=r"heads/mastaf holds a run of `mastaf train`; give a folder of the pipeline's own"
+    ):
+        run(file, again / "heads/mastaf")
+    assert sorted((again / "heads/mastaf").rglob("*")) == before
+
+
 @pytest.mark.slow
 def test_exchanged_checkpoint_is_noticed(
     file: Path, again: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
