@@ -158,6 +158,7 @@ def test_ranks_of_torchrun_make_what_one_process_makes(mixed: World, expected: C
     assert len(writers(store)) == 2
 
 
+@pytest.mark.slow
 def test_killed_worker_is_named_and_its_shards_are_taken_over(mixed: World, expected: Content, tmp_path: Path) -> None:
     store = tmp_path / "s.zarr"
     process = start(*extraction(mixed, store, "--workers", 2, "--json"))

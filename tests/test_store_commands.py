@@ -125,6 +125,7 @@ def test_verify_says_what_is_wrong_and_how_to_mend_it(stores: dict[str, Path], t
     assert "4 rows have to be extracted" in done.stderr
 
 
+@pytest.mark.slow
 def test_repair_refuses_other_weights_and_changes_no_row(world: World, stores: dict[str, Path], tmp_path: Path) -> None:
     store = tmp_path / "S.zarr"
     shutil.copytree(stores["zarr"], store)
@@ -145,8 +146,9 @@ def damaged_copy(good: Path, target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("ending", ["zarr", pytest.param("h5", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("is_dropped_before", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["zarr", "h5"])
+@pytest.mark.parametrize("is_dropped_before", [False, True])
 def test_repair_drops_nothing_that_it_cannot_make_from_the_same_files(
     world: World, stores: dict[str, Path], tmp_path: Path, ending: str, is_dropped_before: bool
 ) -> None:
@@ -250,7 +252,8 @@ def test_removed_videos_are_gone_and_conversion_gives_the_space_back(stores: dic
     assert "'up/0' is not in the store" in done.stderr
 
 
-@pytest.mark.parametrize("ending", ["zarr", pytest.param("h5", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["zarr", "h5"])
 def test_plan_gives_the_bytes_and_files_that_extraction_makes(world: World, tmp_path: Path, ending: str) -> None:
     store = tmp_path / f"S.{ending}"
     plan = printed("store", "plan", store, "--manifest", world.manifest_path, *BACKBONE, *SET_SMALL, "--sample", "10")

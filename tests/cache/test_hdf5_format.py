@@ -342,7 +342,7 @@ def test_row_that_hdf5_left_unpacked_is_read(tmp_path: Path) -> None:
     assert np.isnan(part_array.row(1)).all()
 
 
-@pytest.mark.parametrize("compression", ["none", "gzip"])
+@pytest.mark.parametrize("compression", [pytest.param("none", marks=pytest.mark.slow), "gzip"])
 def test_every_flipped_bit_is_noticed_or_harmless(tmp_path: Path, compression: str) -> None:
     block = example_block()
     # Two arrays of one shape: a flipped address may lead from one to the other.

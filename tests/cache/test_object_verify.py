@@ -27,6 +27,7 @@ def names(files: ObjectFiles) -> list[str]:
     return [name for folder in folders for name, size in files.sizes(folder).items() if size]
 
 
+@pytest.mark.slow
 def test_flip_in_every_kind_of_object_is_found_and_mended(url: str) -> None:
     files = make_store(url)
     assert verify(files, FORMATS.__getitem__).is_whole

@@ -80,7 +80,7 @@ def test_shipped_classes_are_those_of_the_lists(name: str, counts: tuple[int, in
             assert listed == set(partition[split])
 
 
-@pytest.mark.parametrize("name", ["ucf101", "hmdb51"])
+@pytest.mark.parametrize("name", [pytest.param("ucf101", marks=pytest.mark.slow), "hmdb51"])
 def test_class_folders_alone_give_the_same_split_as_the_lists(name: str, tmp_path: Path) -> None:
     dataset = DATASETS[name]
     if (REAL_LISTS / dataset.lists_folder).is_dir():

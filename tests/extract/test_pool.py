@@ -317,6 +317,7 @@ def test_worker_that_cannot_be_replaced_ends_the_run(
         assert pool.num_restarts == 1
 
 
+@pytest.mark.slow
 def test_descriptors_stay_constant_over_videos_and_restarts(videos: list[VideoSource]) -> None:
     def num_descriptors() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))

@@ -214,7 +214,7 @@ def test_signal_in_the_middle_commits_what_is_finished_and_drops_the_rest(
 @pytest.mark.parametrize(
     "endings",
     [
-        [".zarr", ".h5"],
+        pytest.param([".zarr", ".h5"], marks=pytest.mark.slow),
         pytest.param([".zarr"] * 20, marks=[pytest.mark.slow, pytest.mark.campaign, pytest.mark.timeout(900)]),
         pytest.param([".h5"] * 20, marks=[pytest.mark.slow, pytest.mark.campaign, pytest.mark.timeout(900)]),
     ],
@@ -304,6 +304,7 @@ def test_pipe_in_the_manifest_does_not_hang(tmp_path: Path) -> None:
     assert outcomes(tmp_path / "s.zarr")["up/0"] == ("rejected", "not_a_file")
 
 
+@pytest.mark.slow
 def test_full_disk_stops_with_one_line_that_names_the_file(world: World, tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk: the shards of cubes do not fit, all else does."""
     large = ["sampling.resize_size=96", "sampling.crop_size=96", "store.shard_rows=28"]

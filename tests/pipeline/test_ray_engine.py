@@ -245,7 +245,7 @@ GAPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("environment", [{}, GAPS])
+@pytest.mark.parametrize("environment", [{}, pytest.param(GAPS, marks=pytest.mark.slow)])
 def test_missing_ray_is_one_line_with_the_command(mixed: World, tmp_path: Path, environment: dict[str, str]) -> None:
     """An array with gaps does not matter where the share is told."""
     (tmp_path / "ray.py").write_text("raise ImportError('no ray here')\n")
