@@ -20,7 +20,7 @@ from pipeline.evaluation import evaluating
 from pipeline.ranks import ALONE, Ranks
 from pipeline.setup import Workplace
 from pipeline.sources import LiveClips
-from pipeline.statistics import mean_and_interval
+from pipeline.statistics import Interval, share_interval
 
 TOP5_CLASSES = 10
 """Fewest training classes for which the five likeliest say something."""
@@ -43,9 +43,8 @@ class HeldOutScore:
     """Accuracy over the held-out videos, as fractions."""
 
     top1: float
-    interval95: float
-    """Half width of the normal interval over the videos: 1.96 times the standard deviation over the root of their number. It is too
-    narrow for a handful of videos or an accuracy close to 0 or 1."""
+    interval: Interval
+    """Wilson's 95 % interval over the videos."""
     top5: float | None
     """None where there are fewer than `TOP5_CLASSES`."""
     videos: int
@@ -56,7 +55,8 @@ class HeldOutScore:
         top5 = {} if self.top5 is None else {"heldout_top5": self.top5}
         return {
             "heldout_top1": self.top1,
-            "heldout_interval95": self.interval95,
+            "heldout_low95": self.interval.low,
+            "heldout_high95": self.interval.high,
             **top5,
             "heldout_videos": self.videos,
         }
@@ -120,9 +120,9 @@ def score_videos(
             on_progress(num_videos * (number + 1) // len(parts), num_videos)
     own = torch.cat(places) if places else torch.zeros(0, dtype=torch.int64)
     place = ranks.gather_rows(own).numpy()
-    top1, interval95 = mean_and_interval((place == 0).astype(float))
+    hits = int((place == 0).sum())
     top5 = float((place < 5).mean()) if sampler.num_classes >= TOP5_CLASSES else None
-    return HeldOutScore(top1, interval95, top5, len(place))
+    return HeldOutScore(hits / len(place), share_interval(hits, len(place)), top5, len(place))
 
 
 def mean_probabilities(model: ClassifierModel, clips: Tensor, device: torch.device) -> Tensor:

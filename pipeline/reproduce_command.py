@@ -20,7 +20,7 @@ from pipeline.outcomes import bits_digest, parting, read_outcomes
 from pipeline.provenance import code_version, hardware, library_versions
 from pipeline.ranks import Ranks, joined_ranks
 from pipeline.run_card import weights_sha256
-from pipeline.run_page import percent, protocol_words
+from pipeline.run_page import held_out_percent, percent, protocol_words
 from pipeline.scoring import LoadedRun, evaluate_run, load_run
 from pipeline.setup import choose_device
 from pipeline.sources import CachedCubes
@@ -297,8 +297,8 @@ def _held_out_again(
         Again(
             name="held-out videos of the training classes, classified",
             is_identical=is_same,
-            recorded=percent(written["heldout_top1"], written.get("heldout_interval95")),
-            found=percent(score.top1, score.interval95),
+            recorded=held_out_percent(written),
+            found=held_out_percent(score.line),
             recorded_accuracy=written["heldout_top1"],
             found_accuracy=score.top1,
             has_same_episodes=same_videos,

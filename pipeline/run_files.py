@@ -64,6 +64,7 @@ class Progress:
     """At which of them the latest validation was; -1 before the first."""
     best_accuracy: float | None = None
     best_interval95: float | None = None
+    """Of the validation split; None where held-out videos chose."""
     best_episode: int = 0
     """Of the best checkpoint, by the validation split."""
     test_selected_accuracy: float | None = None

@@ -39,6 +39,14 @@ def percent(accuracy: float | None, interval95: float | None = None) -> str:
     return f"{100 * accuracy:.2f}{half} %"
 
 
+def held_out_percent(record: Mapping[str, Any]) -> str:
+    """`50.00 % (18.76 to 81.24)` of a validation line, a card or a score of held-out videos: the interval need not be symmetric."""
+    value = percent(record["heldout_top1"])
+    if "heldout_low95" not in record:
+        return value
+    return f"{value} ({100 * record['heldout_low95']:.2f} to {100 * record['heldout_high95']:.2f})"
+
+
 def protocol_words(evaluation: Mapping[str, Any]) -> str:
     """`5-way 1-shot, 3 queries of every class`."""
     queries = evaluation["n_query"]
@@ -84,8 +92,8 @@ def _accuracies(card: Mapping[str, Any]) -> str:
             ("val", value, str(card["validation_episodes"]), words, "chose the checkpoint, so a little too high")
         )
     if "heldout_top1" in card:
-        value = percent(card["heldout_top1"], card.get("heldout_interval95"))
-        note = f"{card.get('heldout_videos', '?')} videos of the training classes, classified; ± over these videos"
+        value = held_out_percent(card)
+        note = f"{card.get('heldout_videos', '?')} videos of the training classes, classified"
         if card["selected_on"] == HELD_OUT:
             note += "; chose the checkpoint, so a little too high"
         rows.append(("held-out videos", value, "", "", note))
@@ -102,7 +110,7 @@ def _accuracies(card: Mapping[str, Any]) -> str:
         rows.append(("test-selected", percent(published), str(card["validation_episodes"]), "", note))
     return _table(("split", "accuracy", "episodes", "protocol", ""), rows) + (
         "\n\n± is the half width of the 95 % interval over episodes"
-        + (", of held-out videos over the videos." if "heldout_top1" in card else ".")
+        + (", that of held-out videos is Wilson's over the videos." if "heldout_top1" in card else ".")
     )
 
 

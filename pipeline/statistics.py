@@ -73,6 +73,20 @@ def mean_and_interval(per_episode: Sequence[float] | Floats) -> tuple[float, flo
     return float(values.mean()), float(1.96 * values.std() / math.sqrt(len(values)))
 
 
+def share_interval(hits: int, trials: int) -> Interval:
+    """Wilson's 95 % interval of a share, e.g. of the videos that are answered right: honest for a few of them, and for none or all.
+
+    Args:
+        hits: 0 to `trials`.
+        trials: one or more.
+    """
+    share, z2 = hits / trials, 1.96**2
+    middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = 1.96 * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
+    # At the ends the root meets the middle but for its rounding.
+    return Interval(0.0 if hits == 0 else middle - half, 1.0 if hits == trials else middle + half)
+
+
 def paired_difference(scores: Sequence[float], baseline: Sequence[float]) -> Difference:
     """Scores minus baseline with the paired t-test over the episodes, which both have met.
 

@@ -16,7 +16,7 @@ from pipeline.console import progress, say
 from pipeline.ranks import Ranks, joined_ranks
 from pipeline.run_card import record_evaluation
 from pipeline.run_log import refuse_absent_loggers
-from pipeline.run_page import decoding_words
+from pipeline.run_page import decoding_words, held_out_percent
 from pipeline.scoring import evaluate_run, load_run
 from pipeline.settings import SetupError
 from pipeline.setup import choose_device
@@ -91,8 +91,7 @@ def _say_result(card: Mapping[str, Any], folder: Path) -> None:
         )
     if "heldout_top1" in card:
         say(
-            f"at that checkpoint: {100 * card['heldout_top1']:.2f} ± {100 * card['heldout_interval95']:.2f} % of the held-out videos "
-            f"classified, after {card['best_episode']} clips"
+            f"at that checkpoint: {held_out_percent(card)} of the held-out videos classified, after {card['best_episode']} clips"
         )
     if card["test_selected_accuracy_published_protocol"] is not None:
         say(
@@ -109,7 +108,7 @@ def describe_validation(line: Mapping[str, Any]) -> str:
     if "val_accuracy" in line:
         parts.append(f"val {100 * line['val_accuracy']:.2f} ± {100 * line['val_interval95']:.2f} %")
     if "heldout_top1" in line:
-        parts.append(f"held-out videos {100 * line['heldout_top1']:.2f} ± {100 * line['heldout_interval95']:.2f} %")
+        parts.append(f"held-out videos {held_out_percent(line)}")
     if len(parts) == 1:
         parts.append("no validation split, nothing is selected")
     if "test_accuracy_not_for_selection" in line:

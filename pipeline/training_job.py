@@ -190,7 +190,7 @@ class TrainingJob:
         if progress.best_accuracy is not None and accuracy <= progress.best_accuracy:
             return False
         progress.best_accuracy = accuracy
-        progress.best_interval95 = score.interval95 if score is not None else held_out.interval95 if held_out else None
+        progress.best_interval95 = score.interval95 if score is not None else None
         progress.best_outcomes_digest = outcomes_digest(score) if score is not None else None
         progress.best_episode_hash = score.episode_hash if score is not None else None
         return True

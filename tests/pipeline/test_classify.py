@@ -44,6 +44,7 @@ from pipeline.scoring import evaluate_run, load_run
 from pipeline.settings import SetupError
 from pipeline.setup import global_index, make_sampler, prepare
 from pipeline.sources import LiveClips
+from pipeline.statistics import Interval, share_interval
 
 CPU = torch.device("cpu")
 
@@ -225,7 +226,7 @@ class _Scores:
         self.top1 = iter(top1)
 
     def __call__(self, *_: object) -> HeldOutScore:
-        return HeldOutScore(next(self.top1), 0.1, None, 3)
+        return HeldOutScore(next(self.top1), Interval(0.1, 0.9), None, 3)
 
 
 def test_checkpoint_is_chosen_on_unseen_classes_where_there_are_any_else_on_held_out_videos(
@@ -320,11 +321,11 @@ def test_held_out_score_averages_probabilities_over_clips_and_crops(world: World
         mean = torch.stack(
             [model.head.linear(torch.tensor([float(level)])).softmax(dim=0) for level in levels[name]]
         ).mean(dim=0)
-        right.append(float(mean.argmax() == label))
+        right.append(int(mean.argmax() == label))
     assert len(right) == 6
     assert 0 < sum(right) < 6, "the case shows nothing where all or none are right"
     assert found.top1 == pytest.approx(sum(right) / 6)
-    assert found.interval95 == pytest.approx(1.96 * (found.top1 * (1 - found.top1) / 6) ** 0.5)
+    assert found.interval == share_interval(sum(right), 6)
     assert (found.top5, found.videos) == (None, 6)
 
 

@@ -233,7 +233,9 @@ TAMPERED_EVERYWHERE: dict[str, object] = {
     "store_fingerprint": "0" * 64, "split_hash": "0" * 64, "computed_on": [], "degraded_videos": {"up/1": "short_video"},
     "val_accuracy": 0.99, "val_interval95": 0.001, "test_selected_accuracy_published_protocol": 0.99,
 }  # fmt: skip
-TAMPERED_HELD_OUT = {"heldout_top1": 0.99, "heldout_interval95": 0.001, "heldout_videos": 99, "heldout_top5": 0.99}
+TAMPERED_HELD_OUT = {
+    "heldout_top1": 0.99, "heldout_low95": 0.98, "heldout_high95": 0.999, "heldout_videos": 99, "heldout_top5": 0.99,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["cached", "classify"])

@@ -187,14 +187,15 @@ def test_page_shows_other_data_in_the_words_of_whoever_gave_them(
 
 
 def test_page_says_over_what_the_interval_of_held_out_videos_is_and_whether_they_chose(run: Path) -> None:
-    card = {**read_card(run), "heldout_top1": 0.5, "heldout_interval95": 0.1, "heldout_videos": 12}
+    card = {**read_card(run), "heldout_top1": 0.5, "heldout_low95": 0.25, "heldout_high95": 0.75, "heldout_videos": 12}
     assert "over the videos" not in to_markdown(read_card(run))
     for selected_on, has_chosen in (("val", False), ("held-out videos", True)):
         text = to_markdown({**card, "selected_on": selected_on, "val_accuracy": None})
         row = next(line for line in text.splitlines() if line.startswith("| held-out videos"))
-        assert "12 videos of the training classes, classified; ± over these videos" in row
+        assert "| 50.00 % (25.00 to 75.00) |" in row
+        assert "12 videos of the training classes, classified" in row
         assert ("chose the checkpoint, so a little too high" in row) == has_chosen
-        assert "interval over episodes, of held-out videos over the videos." in text
+        assert "interval over episodes, that of held-out videos is Wilson's over the videos." in text
 
 
 def test_card_keeps_what_an_earlier_call_met(

@@ -25,12 +25,41 @@ from pipeline.statistics import (
     mean_over_seeds,
     paired_difference,
     paired_values,
+    share_interval,
 )
 from pipeline.student import quantile95, two_sided_p_value
 
 REPLICATIONS = 300
 # Three standard errors of a share of 95 % among the replications: 1 in 400 seeds would fall outside, and ours is fixed.
 MARGIN = 3 * (0.95 * 0.05 / REPLICATIONS) ** 0.5
+
+
+@pytest.mark.parametrize(("hits", "trials"), [(0, 1), (1, 1), (0, 6), (1, 6), (3, 6), (6, 6), (49, 60), (999, 1000)])
+def test_share_interval_ends_where_the_share_is_a_normal_quantile_away(hits: int, trials: int) -> None:
+    found = share_interval(hits, trials)
+    share = hits / trials
+    assert 0 <= found.low <= share <= found.high <= 1
+    for end, is_closed in ((found.low, hits == 0), (found.high, hits == trials)):
+        if is_closed:
+            assert end == share
+        else:
+            assert abs(share - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / trials))
+
+
+def test_share_interval_of_a_few_holds_the_truth_where_the_normal_one_is_of_no_width() -> None:
+    assert share_interval(0, 6).high == pytest.approx(0.390, abs=5e-4)
+    trials, truths = 12, np.linspace(0.01, 0.99, 99)
+    ends = [share_interval(hits, trials) for hits in range(trials + 1)]
+    covered = [
+        sum(
+            math.comb(trials, hits) * p**hits * (1 - p) ** (trials - hits)
+            for hits, end in enumerate(ends)
+            if end.low <= p <= end.high
+        )
+        for p in truths
+    ]
+    assert float(np.mean(covered)) == pytest.approx(0.95, abs=0.01)
+    assert min(covered) > 0.83
 
 
 def integrated_p_value(t: float, degrees: float) -> float:
