@@ -198,8 +198,13 @@ def _short_list(names: list[str]) -> str:
 
 def weights_digest(module: nn.Module) -> str:
     """SHA-256 over the sorted state dict: name, dtype, shape and bytes of every entry."""
+    return state_digest(module.state_dict())
+
+
+def state_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """The `weights_digest` of the module whose state dict this is."""
     digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
+    for key, value in sorted(state.items()):
         digest.update(f"{key}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -22,6 +22,7 @@ OF_LAST = {
     "seconds": "seconds",
     "resumptions": "resumptions",
     "started_utc": "started_utc",
+    "started_from": "started_from",
     "computed_on": "computed_on",
     "degraded_videos": "degraded",
     "second_tries": "second_tries",

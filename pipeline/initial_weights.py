@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cache.cube import Spec
 from episodes.head import HeadModule
 from episodes.heads.mastaf import MastafHead
 from episodes.heads.staf_checkpoint import load_staf_head, split_staf_state
@@ -20,7 +21,7 @@ from episodes.heads.trx import TrxHead
 from episodes.heads.trx_checkpoint import load_trx_head
 from extract.backbones.r3d import published_state_dict as r3d_trunk
 from extract.backbones.tsn import published_state_dict as tsn_trunk
-from extract.weights import copy_weights
+from extract.weights import copy_weights, state_digest
 from pipeline.checkpoint import FORMAT, CheckpointError, load_weights
 from pipeline.classify_model import ClassifierModel
 from pipeline.console import say
@@ -64,7 +65,9 @@ FORMATS: list[PublishedFormat] = [
 """The published kinds, tried in this order."""
 
 
-def load_initial_weights(model: FewShotModel, path: Path, train_classes: Sequence[str] = ()) -> None:
+def load_initial_weights(
+    model: FewShotModel, path: Path, train_classes: Sequence[str] = (), cubes: Spec | None = None
+) -> None:
     """Copy a checkpoint into a model.
 
     A checkpoint of ours gives the parts that the model has: an end-to-end run's checkpoint also starts a head on the cache. Between
@@ -75,6 +78,7 @@ def load_initial_weights(model: FewShotModel, path: Path, train_classes: Sequenc
         model: changed in place.
         path: the checkpoint.
         train_classes: of the run that begins; a classification run over others gives its backbone only.
+        cubes: what the run that begins reads on the cache; a warning where the head has learned on those of another backbone.
 
     Raises:
         CheckpointError: unreadable, of no known kind, or a part of the model is missing in it or has another shape.
@@ -92,6 +96,7 @@ def load_initial_weights(model: FewShotModel, path: Path, train_classes: Sequenc
         has_other_classes = is_of_classes and set(content["classes"]["train"]) != set(train_classes)
         if is_of_classes == isinstance(model, ClassifierModel) and not has_other_classes:
             _load_ours(model, content, path)
+            _warn_of_other_cubes(content, cubes, path)
         else:
             _load_backbone_of_ours(model, content["model"], path, is_of_classes)
     else:
@@ -108,6 +113,22 @@ def _load_ours(model: FewShotModel, content: Mapping[str, Any], path: Path) -> N
     parts = "backbone and head" if isinstance(model.encoder, ClipEncoder) else "the head"
     head = tomllib.loads(content["config"])["head"]["name"]
     say(f"starting from {path} (head {head}, after {content['progress']['episode']} episodes): {parts}")
+
+
+def _warn_of_other_cubes(content: Mapping[str, Any], cubes: Spec | None, path: Path) -> None:
+    """A head fits whatever has the right shape: whether it knows these cubes is told by the weights that made them."""
+    if cubes is None or not content["model"]:
+        return
+    if content["store_spec"]:
+        learned_on = Spec.from_json(content["store_spec"]).weights_digest
+    else:
+        state, prefix = content["model"], "encoder.backbone."
+        learned_on = state_digest({name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)})
+    if learned_on != cubes.weights_digest:
+        say(
+            f"warning: the head of {path} has learned on the backbone {learned_on[:12]}, but these cubes are of "
+            f"{cubes.weights_digest[:12]}: it starts on features that it does not know"
+        )
 
 
 def _load_backbone_of_ours(model: FewShotModel, state: Mapping[str, Tensor], path: Path, is_of_classes: bool) -> None:

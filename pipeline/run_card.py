@@ -61,6 +61,7 @@ def write_card(
         "validation": _validation(place, progress, best_digest) if is_selected else None,
         "evaluations": _kept_evaluations(folder, best_digest),
         **_course(progress, num_together, num_ranks),
+        "started_from": progress.started_from,
         **_data(place, progress),
         "best_weights_sha256": best_digest,
         "last_weights_sha256": weights_sha256(folder / "last.pt"),

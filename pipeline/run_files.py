@@ -77,6 +77,8 @@ class Progress:
     """Of the episodes of that validation."""
     resumptions: int = 0
     """How often the run was gone on with, while something was left to do."""
+    started_from: dict[str, str] = field(default_factory=dict)
+    """What its first weights came from, by setting (`pipeline.weights_files.started_from`)."""
     started_utc: str | None = None
     """When it began, ISO 8601."""
     degraded: dict[str, str] = field(default_factory=dict)

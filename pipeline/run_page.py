@@ -146,6 +146,7 @@ def _facts(card: Mapping[str, Any]) -> list[Sequence[str]]:
         "validation episodes": (card.get("validation") or {}).get("episode_hash"),
         "store fingerprint": card["store_fingerprint"],
         "store content": card.get("store_content_hash"),
+        **{f"starts from {setting}": origin for setting, origin in card.get("started_from", {}).items()},
         "weights of best.pt": card.get("best_weights_sha256"),
         "weights of last.pt": card.get("last_weights_sha256"),
     }

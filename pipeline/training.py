@@ -54,6 +54,7 @@ from pipeline.source_checks import check_sources, write_bad_videos
 from pipeline.sources import LiveClips, SourceError
 from pipeline.step_plan import StepPlan
 from pipeline.training_job import TrainingJob
+from pipeline.weights_files import started_from
 
 Report = Callable[[Path, Mapping[str, Any]], None]
 
@@ -161,7 +162,12 @@ def _prepare_all(
             refuse_other_data(checkpoint.content, place)
             place = replace(place, config=with_first_origins(place.config, checkpoint.content))
         elif config.training.initial_weights:
-            load_initial_weights(place.model, Path(config.training.initial_weights), place.manifest.classes("train"))
+            load_initial_weights(
+                place.model,
+                Path(config.training.initial_weights),
+                place.manifest.classes("train"),
+                place.store.spec if place.store else None,
+            )
         # What is written down here has to be read by every later command.
         parse_config(tomllib.loads(to_toml(place.config)))
         places.append(place)
@@ -234,6 +240,7 @@ def _begin(job: TrainingJob, checkpoint: Newest | None, held: ExitStack) -> None
             (folder / name).unlink(missing_ok=True)  # of a run that never finished its first step
         sync_folder(folder)
         _warn_of_seen_classes(job.place)
+        job.progress.started_from = started_from(job.place.config)
     else:
         note_resumption(checkpoint)
         if job.progress.episode < training.episodes:

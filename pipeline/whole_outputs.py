@@ -17,6 +17,7 @@ from pipeline.checkpoint import content_digest, load_checkpoint
 from pipeline.extraction import video_sources
 from pipeline.extraction_feed import has_file, is_other_input, source_text
 from pipeline.reextraction import is_reachable
+from pipeline.weights_files import folder_sha256, plain_files
 
 VERIFY_THREADS = 2
 
@@ -79,11 +80,9 @@ def files_hashes(folder: Path, num_files: int = 1) -> dict[str, str]:
     Raises:
         OutputDamaged: there are fewer than `num_files`.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    if len(paths) < num_files:
+    if len(plain_files(folder)) < num_files:
         raise OutputDamaged("files are missing")
-    lines = [f"{path.relative_to(folder).as_posix()} {_file_hash(path)}" for path in paths]
-    return {"files": _hash(lines)}
+    return {"files": folder_sha256(folder)}
 
 
 def manifest_hashes(manifest: Manifest) -> dict[str, str]:
@@ -132,19 +131,6 @@ def changed_inputs(folder: Path, manifest: Manifest, allow_outside: bool) -> lis
     except DAMAGE:
         return []
     return list(changed.values())
-
-
-def weights_name(text: str | None) -> str | None:
-    """What stands for a weights entry of a config: the content of a file or directory, or else the entry itself."""
-    if text is None or not Path(text).exists():
-        return text
-    path = Path(text)
-    return f"directory {files_hashes(path)['files']}" if path.is_dir() else f"file {_file_hash(path)}"
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hash(lines: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ from configs.whole import PipelineFile
 from pipeline import whole_making as making
 from pipeline.run_files import CHANGEABLE, resolved_head_options
 from pipeline.setup import load_manifest
+from pipeline.weights_files import weights_name
 from pipeline.whole_cards import refuse_unnoted_comparison, refuse_unnoted_live
 from pipeline.whole_configs import PipelineConfigs
 from pipeline.whole_outputs import (
@@ -22,7 +23,6 @@ from pipeline.whole_outputs import (
     run_hashes,
     store_hashes,
     video_files_hash,
-    weights_name,
 )
 
 BACKBONE, CUBES, HEADS, DATA, PRETRAIN, LIVE = "backbone", "cubes", "heads", "data", "pretrain", "live"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,13 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import RunConfig
+from contracts.made_runs import MadeRuns, fill_store, train_run
 from contracts.world import World
 from episodes.build import build_head
 from extract.build import build_backbone
 from pipeline import training
+from pipeline.card_checks import contradictions
 from pipeline.checkpoint import CheckpointError, load_checkpoint
 from pipeline.initial_weights import load_initial_weights
 from pipeline.model import ClipEncoder, FewShotModel
+from pipeline.weights_files import weights_name
 
 CPU = torch.device("cpu")
 CHANNELS, POSITIONS, CLASSES = 2048, 49, 51
@@ -91,6 +96,48 @@ def test_run_starts_from_another_runs_checkpoint(world: World, tmp_path: Path) -
     first, second = (load_checkpoint(tmp_path / run)["model"] for run in ("first/best.pt", "second/best.pt"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_card_says_by_content_what_a_run_started_from(world: World, tmp_path: Path) -> None:
+    mode, first, moved = "training.mode=end_to_end", tmp_path / "first", tmp_path / "moved.pt"
+    card = training.train(world.config(mode, "training.episodes=0"), first, CPU)
+    assert card["started_from"] == {"backbone.weights": "random:1"}
+    shutil.copy(first / "best.pt", moved)
+    start = (
+        "training.episodes=3",
+        f'training.initial_weights="{moved}"',
+        f'backbone.weights="{first / "backbone.pt"}"',
+    )
+    card = training.train(world.config(mode, *start), tmp_path / "second", CPU)
+    settings = {"training.initial_weights": first / "best.pt", "backbone.weights": first / "backbone.pt"}
+    digests = {setting: hashlib.sha256(path.read_bytes()).hexdigest() for setting, path in settings.items()}
+    assert card["started_from"] == {setting: f"file {digest}" for setting, digest in digests.items()}
+    page = (tmp_path / "second/card.md").read_text()
+    assert f"| starts from training.initial_weights | `file {digests['training.initial_weights']}` |" in page
+    moved.write_bytes(b"another file")
+    longer = world.config(mode, *start[1:], "training.episodes=6")
+    assert training.train(longer, tmp_path / "second", CPU, resume=True)["started_from"] == card["started_from"]
+    assert contradictions(tmp_path / "second", card | {"started_from": {}}, card["num_parameters"]) != []
+
+
+def test_directory_of_weights_stands_by_its_files(tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "a").write_bytes(b"1")
+    lines = f"a {hashlib.sha256(b'1').hexdigest()}"
+    assert weights_name(str(folder)) == f"directory {hashlib.sha256(lines.encode()).hexdigest()}"
+
+
+def test_head_from_the_cubes_of_another_backbone_starts_with_a_warning(
+    made: MadeRuns, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = fill_store(made.world, tmp_path / "other.zarr", "random:5")
+    start = ("head.name=mastaf", "training.episodes=0", f'training.initial_weights="{made.heads[1] / "best.pt"}"')
+    warning = "it starts on features that it does not know"
+    train_run(made.world, made.store_path, tmp_path / "same", *start)
+    assert warning not in capfd.readouterr().err
+    train_run(made.world, other, tmp_path / "other", *start)
+    assert warning in capfd.readouterr().err
 
 
 def test_checkpoint_of_another_model_is_refused_in_one_line(world: World, tmp_path: Path) -> None:

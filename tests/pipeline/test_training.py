@@ -232,7 +232,9 @@ def test_end_to_end_run_scores_the_same_live_and_through_its_re_extracted_cubes(
     assert live["store_fingerprint"] == cached["store_fingerprint"]
 
 
-def test_store_of_a_run_names_it_and_a_head_on_it_may_start_from_the_runs(world: World, tmp_path: Path) -> None:
+def test_store_of_a_run_names_it_and_a_head_on_it_may_start_from_the_runs(
+    world: World, store_path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     run, store = tmp_path / "run", tmp_path / "s.zarr"
     training.train(config_of(world, "end_to_end", tmp_path, "training.optimizer=adam"), run, CPU)
     extract_to_store(world.manifest_path, None, None, str(store), None, None, run, "cpu", ())
@@ -246,6 +248,9 @@ def test_store_of_a_run_names_it_and_a_head_on_it_may_start_from_the_runs(world:
     trained = weights(run, "best.pt")
     for name, value in weights(tmp_path / "head").items():
         assert torch.equal(value, trained[name]), name
+    assert "it starts on features that it does not know" not in capfd.readouterr().err
+    training.train(config_of(world, "cached", store_path, "training.episodes=0", start[0]), tmp_path / "other", CPU)
+    assert "it starts on features that it does not know" in capfd.readouterr().err
 
 
 def test_interval_is_that_of_the_reference() -> None:

@@ -28,8 +28,8 @@ from pipeline.reproduce_command import reproduce
 from pipeline.run_lock import locked
 from pipeline.settings import SetupError
 from pipeline.training import train
+from pipeline.weights_files import weights_name
 from pipeline.whole_configs import load_configs
-from pipeline.whole_outputs import weights_name
 from pipeline.whole_pipeline import run_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
