@@ -1,6 +1,7 @@
 """For all tests: what is run by hand only is never taken for quick, and every test begins with as many threads."""
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,12 @@ def pytest_runtest_setup() -> None:
     if not _NUM_THREADS:
         _NUM_THREADS.append(torch.get_num_threads())
     torch.set_num_threads(_NUM_THREADS[0])
+
+
+def pytest_configure() -> None:
+    """pytest-xdist's processes ignore Ctrl-C, and what they start would inherit that."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)
