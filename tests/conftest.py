@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is loaded: several processes that each take all cores are slower than one.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 _NUM_THREADS: list[int] = []
 """Of torch, when the first test that finds it loaded began."""
 

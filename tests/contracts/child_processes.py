@@ -25,6 +25,18 @@ def children_of(parent: int) -> set[int]:
     return {pid for pid in pids if state_and_parent(pid)[1:] == [str(parent)] and is_running(pid)}
 
 
+def decoders_of(parent: int) -> set[int]:
+    """Its decoding processes that have come up: one that is frozen while it begins still holds what its parent writes to."""
+    return {pid for pid in children_of(parent) if _is_silent(pid)}
+
+
+def _is_silent(pid: int) -> bool:
+    try:
+        return str(Path(f"/proc/{pid}/fd/2").readlink()) == "/dev/null"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     """The suite's own time limit ends a wait that is in vain."""
     while not condition():

@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cache.open import open_store
+from contracts.child_processes import children_of, decoders_of, is_running, wait_until
 from contracts.world import World, make_world, write_clip
 from episodes.datasets import Manifest, write_manifest
 from episodes.video import Video
@@ -85,31 +86,6 @@ def num_committed(store: Path) -> int:
     return sum(log.read_bytes().count(b"\n") for log in store.glob("ledger/*.jsonl"))
 
 
-def parent_of(pid: int) -> int | None:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def children_of(parent: int) -> list[int]:
-    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    return [pid for pid in pids if parent_of(pid) == parent]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """The suite's own time limit ends a wait that is in vain."""
-    while not condition():
-        time.sleep(0.01)
-
-
 @pytest.fixture(scope="module")
 def reference(world: World, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Content hash of an uninterrupted run."""
@@ -134,8 +110,8 @@ def test_signal_stops_within_seconds_wherever_the_run_is(
     store = tmp_path / "s.zarr"
     if place == "decoding":
         process = start(command(world, store))
-        wait_until(lambda: len(children_of(process.pid)) == 2)
-        workers = children_of(process.pid)
+        wait_until(lambda: len(decoders_of(process.pid)) == 2)
+        workers = decoders_of(process.pid)
         for worker in workers:  # frozen: the run waits for them, for two minutes if need be
             os.kill(worker, signal.SIGSTOP)
     else:
