@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from contracts.child_processes import children_of, decoders_of, is_running, stat_of, wait_until
 from extract.config import SamplingConfig
 from extract.decode import VideoError, VideoSource, VideoTooShortError, ViewClips, read_views
 from extract.pool import DecodePool, DecodeTask, WorkerStartError, decoded_in_order
@@ -33,29 +34,6 @@ def videos(write_video: WriteVideo) -> list[VideoSource]:
 @pytest.fixture
 def slow_video(write_video: WriteVideo) -> VideoSource:
     return VideoSource("slow", write_video("slow.mp4", num_frames=512, codec="mpeg4"))
-
-
-def stat_of(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat from the third on; none where the process is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-
-
-def is_running(pid: int) -> bool:
-    return stat_of(pid)[:1] not in ([], ["Z"])
-
-
-def workers_of(parent: int) -> list[int]:
-    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    return sorted(pid for pid in pids if stat_of(pid)[1:2] == [str(parent)] and is_running(pid))
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """The suite's own time limit ends a wait that is in vain."""
-    while not condition():
-        time.sleep(0.01)
 
 
 def wait_until_busy(pid: int) -> None:
@@ -148,7 +126,7 @@ def test_worker_that_dies_costs_its_video_alone(
         slow = pool.submit(slow_video, SLOW, [0])
         after = [pool.submit(video, SMALL, [0]) for video in videos]
         assert_same(pool.result(before), read_views(videos[0], SMALL, [0]))
-        (worker,) = workers_of(os.getpid())
+        (worker,) = decoders_of(os.getpid())
         wait_until_busy(worker)
         os.kill(worker, number)
         with pytest.raises(VideoError) as caught:
@@ -160,13 +138,13 @@ def test_worker_that_dies_costs_its_video_alone(
         for ticket, video in zip(after, videos, strict=True):
             assert_same(pool.result(ticket), read_views(video, SMALL, [0]))
         assert pool.num_restarts == 1
-        assert workers_of(os.getpid()) != [worker]
-    assert workers_of(os.getpid()) == []
+        assert decoders_of(os.getpid()) != {worker}
+    assert decoders_of(os.getpid()) == set()
 
 
 def test_worker_that_dies_while_idle_costs_no_video(videos: list[VideoSource]) -> None:
     with DecodePool(1) as pool:
-        (worker,) = workers_of(os.getpid())
+        (worker,) = decoders_of(os.getpid())
         os.kill(worker, signal.SIGKILL)
         wait_until(lambda: not is_running(worker))
         assert_same(pool.result(pool.submit(videos[0], SMALL, [0])), read_views(videos[0], SMALL, [0]))
@@ -175,7 +153,7 @@ def test_worker_that_dies_while_idle_costs_no_video(videos: list[VideoSource]) -
 
 def test_late_video_is_stopped_and_its_neighbours_are_not(videos: list[VideoSource], slow_video: VideoSource) -> None:
     with DecodePool(1, seconds_per_video=1.0) as pool:
-        (worker,) = workers_of(os.getpid())
+        (worker,) = decoders_of(os.getpid())
         tickets = [pool.submit(videos[0], SMALL, [0]), pool.submit(slow_video, SLOW, [0])]
         tickets += [pool.submit(video, SMALL, [0]) for video in videos]
         assert_same(pool.result(tickets[0]), read_views(videos[0], SMALL, [0]))
@@ -189,7 +167,7 @@ def test_late_video_is_stopped_and_its_neighbours_are_not(videos: list[VideoSour
 
 def test_stopped_worker_is_late(videos: list[VideoSource]) -> None:
     with DecodePool(1, seconds_per_video=0.5) as pool:
-        (worker,) = workers_of(os.getpid())
+        (worker,) = decoders_of(os.getpid())
         os.kill(worker, signal.SIGSTOP)
         with pytest.raises(VideoError, match=r"took longer than 0\.5 s"):
             pool.result(pool.submit(videos[0], SMALL, [0]))
@@ -199,18 +177,18 @@ def test_stopped_worker_is_late(videos: list[VideoSource]) -> None:
 def test_memory_limit_rejects_the_video_and_keeps_the_process(videos: list[VideoSource]) -> None:
     greedy = SMALL.model_copy(update={"resize_size": 6400})  # 9600 x 6400 pixels: 184 MB a frame
     with DecodePool(1, memory_bytes=384 << 20) as pool:
-        (worker,) = workers_of(os.getpid())
+        (worker,) = decoders_of(os.getpid())
         with pytest.raises(VideoError) as caught:
             pool.result(pool.submit(videos[0], greedy, [0]))
         assert caught.value.reason == "out_of_memory"
         assert_same(pool.result(pool.submit(videos[0], SMALL, [0])), read_views(videos[0], SMALL, [0]))
-        assert workers_of(os.getpid()) == [worker]
+        assert decoders_of(os.getpid()) == {worker}
 
 
 def test_worker_has_no_torch_no_shared_memory_and_leaves_no_core(videos: list[VideoSource]) -> None:
     with DecodePool(1) as pool:
         pool.result(pool.submit(videos[0], SMALL, [0]))
-        (worker,) = workers_of(os.getpid())
+        (worker,) = decoders_of(os.getpid())
         maps = Path(f"/proc/{worker}/maps").read_text()
         limits = Path(f"/proc/{worker}/limits").read_text().splitlines()
     assert "libavcodec" in maps
@@ -221,22 +199,22 @@ def test_worker_has_no_torch_no_shared_memory_and_leaves_no_core(videos: list[Vi
 
 def test_interrupt_is_left_to_the_parent(slow_video: VideoSource) -> None:
     with DecodePool(1) as pool:
-        (worker,) = workers_of(os.getpid())
+        (worker,) = decoders_of(os.getpid())
         assert os.getpgid(worker) != os.getpgid(0)  # Ctrl-C does not reach it, not even while it starts
         ticket = pool.submit(slow_video, SLOW.model_copy(update={"resize_size": 512}), [0])
         wait_until_busy(worker)
         os.kill(worker, signal.SIGINT)
         pool.result(ticket)
-        assert (pool.num_restarts, workers_of(os.getpid())) == (0, [worker])
+        assert (pool.num_restarts, decoders_of(os.getpid())) == (0, {worker})
 
 
 def test_close_in_the_middle_of_videos_leaves_no_process(slow_video: VideoSource) -> None:
     pool = DecodePool(2)
     tickets = [pool.submit(slow_video, SLOW, [0]) for _ in range(4)]
-    for worker in workers_of(os.getpid()):
+    for worker in decoders_of(os.getpid()):
         wait_until_busy(worker)
     pool.close()
-    assert workers_of(os.getpid()) == []
+    assert decoders_of(os.getpid()) == set()
     assert pool.num_restarts == 0
     for ticket in (tickets[0], tickets[3]):  # begun, and not begun
         with pytest.raises(RuntimeError, match="pool is closed"):
@@ -264,7 +242,7 @@ def test_exception_of_a_signal_handler_gets_out_of_result(slow_video: VideoSourc
     finally:
         begin.join()
         signal.signal(signal.SIGUSR1, previous)
-    assert workers_of(os.getpid()) == []
+    assert decoders_of(os.getpid()) == set()
 
 
 @pytest.mark.parametrize("num_processes", [0, 1])
@@ -293,10 +271,11 @@ def broken_import(tmp_path: Path) -> Path:
 
 
 def test_worker_that_cannot_import_is_an_error_at_once(broken_import: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = children_of(os.getpid())
     monkeypatch.syspath_prepend(broken_import)
     with pytest.raises(WorkerStartError, match="could not start: ImportError: no libavcodec"):
         DecodePool(2)
-    assert workers_of(os.getpid()) == []
+    assert children_of(os.getpid()) == before
 
 
 def test_worker_that_cannot_be_replaced_ends_the_run(
@@ -304,7 +283,7 @@ def test_worker_that_cannot_be_replaced_ends_the_run(
 ) -> None:
     with DecodePool(1) as pool:
         slow, waiting = pool.submit(slow_video, SLOW, [0]), pool.submit(videos[0], SMALL, [0])
-        (worker,) = workers_of(os.getpid())
+        (worker,) = decoders_of(os.getpid())
         wait_until_busy(worker)
         monkeypatch.syspath_prepend(broken_import)
         os.kill(worker, signal.SIGKILL)
@@ -327,7 +306,7 @@ def test_descriptors_stay_constant_over_videos_and_restarts(videos: list[VideoSo
         inside = num_descriptors()
         for index in range(60):
             if index % 6 == 0:
-                (worker,) = workers_of(os.getpid())
+                (worker,) = decoders_of(os.getpid())
                 os.kill(worker, signal.SIGKILL)
                 wait_until(lambda pid=worker: not is_running(pid))  # type: ignore[misc]
             pool.result(pool.submit(videos[index % 5], SMALL, [0]))
@@ -447,7 +426,7 @@ def test_workers_die_with_a_parent_that_is_killed_in_the_middle_of_a_video(
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == "submitted\n"
-        workers = workers_of(parent.pid)
+        workers = decoders_of(parent.pid)
         assert len(workers) == 2
         wait_until(lambda: max(int(stat_of(worker)[11]) for worker in workers) > 60)
         parent.kill()
