@@ -19,7 +19,7 @@ from extract.config import BackboneConfig, SamplingConfig
 class ExtractionConfig(BaseModel):
     """How stage 1 decodes and drives the backbone. The first two decide the numbers, so they are in the store's spec."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     forward_batch: int = Field(default=8, ge=1)
     """Clips per forward pass. Always full: zeros stand in where a row is missing."""
@@ -53,7 +53,7 @@ class HeadConfig(BaseModel):
 class RunConfig(BaseModel):
     """Everything that decides a run. `model_fields_set` of each table tells what the user wrote."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     data: DataConfig = DataConfig()
     sampling: SamplingConfig = SamplingConfig()

@@ -13,7 +13,7 @@ class TrainingConfig(BaseModel):
     Defaults: the MASTAF paper, section 4.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     mode: Literal["cached", "end_to_end", "classify"] = "cached"
     """`cached` reads cubes from the store; `end_to_end` decodes clips and runs the backbone in the loop; `classify` trains the
@@ -209,7 +209,7 @@ class AugmentationConfig(BaseModel):
     """What becomes of the pixels of training clips, beside the views' crop, flip and jitter. Drawn per (seed, video, view, episode): the
     same for any number of workers and ranks. Everything is off by default, as published."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     color_jitter: float = Field(default=0.0, ge=0, le=1)
     """Strength of brightness, contrast and saturation; hue moves by a quarter of it. The same for all frames of a clip."""
@@ -235,7 +235,7 @@ class AugmentationConfig(BaseModel):
 class ClassifyConfig(BaseModel):
     """What only classification has (`training.mode = "classify"`)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each target that is spread over all classes."""

@@ -19,7 +19,7 @@ BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 class CompareConfig(BaseModel):
     """What all heads, and the end-to-end run itself, are scored on."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     episodes: int = Field(default=2_000, ge=2)
     """How many, for each number of shots; the same for all heads."""
@@ -43,7 +43,7 @@ class CompareConfig(BaseModel):
 class PipelineConfig(BaseModel):
     """The table ``[pipeline]``. Recipes are names of shipped ones, or paths relative to the file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     backbone: str
     """Recipe that trains the backbone; its training.mode is "end_to_end" or "classify"."""

@@ -16,7 +16,7 @@ from configs.training import ClassifyConfig
 from episodes.clip_sampler import ClipSampler
 from pipeline.classify import clip_sampler
 from pipeline.classify_model import ClassifierModel
-from pipeline.evaluation import evaluating
+from pipeline.evaluation import ScoreError, evaluating
 from pipeline.ranks import ALONE, Ranks
 from pipeline.setup import Workplace
 from pipeline.sources import LiveClips
@@ -134,9 +134,17 @@ def mean_probabilities(model: ClassifierModel, clips: Tensor, device: torch.devi
 
     Returns:
         (V, Z) float32 on the CPU.
+
+    Raises:
+        ScoreError: a probability is not finite.
     """
     cubes = model.encoder(clips.flatten(0, 1)[None].to(device))[0]  # (V K, C, T, H, W)
     probabilities = model.log_probabilities(cubes).exp()  # (V K, Z)
+    if not bool(probabilities.isfinite().all()):
+        raise ScoreError(
+            "the class probabilities of held-out videos are not finite: the weights hold infinite numbers or none. "
+            "Take an earlier checkpoint, or train with a lower learning rate."
+        )
     return probabilities.reshape(*clips.shape[:2], -1).mean(dim=1).cpu()
 
 

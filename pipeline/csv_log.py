@@ -59,9 +59,9 @@ class CsvFile:
 
     def close(self) -> None:
         """Let go of the file."""
-        if self._file is not None:
-            self._file.close()
-        self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
     def _cells(self, row: Mapping[str, Any]) -> list[Any]:
         return [row.get(column, "") for column in self._columns]

@@ -80,6 +80,9 @@ def evaluate_model(
         device: where the model runs.
         on_progress: called with (episodes done, episodes in all).
         ranks: of this job; each scores its share, and all get the same answer, bit for bit that of one process.
+
+    Raises:
+        ScoreError: a score is not finite.
     """
     return evaluate_models([model], source, sampler, num_episodes, device, on_progress, ranks)[0]
 
@@ -114,7 +117,10 @@ def evaluate_models(
         for number, part in enumerate(own, start=1):
             batch = evaluation_batch(source, sampler, [episodes[index] for index in part]).to(device)
             for answered, model, (_, call_size) in zip(answers, models, firsts, strict=True):
-                answered += [_is_right(model, each) for each in parts_of(batch, call_size)]
+                begins = part.start
+                for each in parts_of(batch, call_size):
+                    answered.append(_is_right(model, each, begins))
+                    begins += each.num_episodes
             on_progress(num_episodes * number // len(own), num_episodes)
     digest = episode_hash(episodes)
     shape = (0, len(episodes[0].query_ids))
@@ -156,17 +162,32 @@ def evaluation_batch(source: Source, sampler: EpisodeSampler, episodes: Sequence
     )
 
 
+class ScoreError(ValueError):
+    """A model gives no numbers to choose by."""
+
+
 def _first_call(model: FewShotModel, batch: EpisodeBatch) -> tuple[npt.NDArray[np.bool_], int]:
     """What became of the queries of the first episode, and how many episodes the next calls may hold."""
     with LargestTensor() as largest:
-        is_right = _is_right(model, batch)
+        is_right = _is_right(model, batch, 0)
     # A backbone takes clips in batches of its own, and of clips only a few episodes come at a time.
     return is_right, largest.episodes_per_call if isinstance(model.encoder, nn.Identity) else MOST_EPISODES
 
 
-def _is_right(model: FewShotModel, batch: EpisodeBatch) -> npt.NDArray[np.bool_]:
+def _is_right(model: FewShotModel, batch: EpisodeBatch, first: int) -> npt.NDArray[np.bool_]:
+    """Which queries are answered right; `first` is the index of the batch's first episode.
+
+    Raises:
+        ScoreError: the best score of a query is not a number, which would count as an answer.
+    """
     logits = model(batch).logits  # (E, Q, N)
     assert batch.query_labels is not None
+    is_answer = logits.amax(dim=-1).isfinite().all(dim=1).tolist()  # (E,)
+    if not all(is_answer):
+        raise ScoreError(
+            f"the scores of evaluation episode {first + is_answer.index(False)} are not finite: the weights, or the cubes of its "
+            "videos, hold infinite numbers or none. Take an earlier checkpoint, or train with a lower learning rate."
+        )
     return np.asarray((logits.argmax(dim=-1) == batch.query_labels).cpu().numpy())
 
 

@@ -19,7 +19,7 @@ from episodes.head import HeadOutput, Phase
 from episodes.losses import combine
 from pipeline.interrupts import SIGNALS, StopRequest
 from pipeline.model import FewShotModel
-from pipeline.optimisation import Stepper
+from pipeline.optimisation import Stepper, has_finite_weights
 from pipeline.ranks import Ranks, watched
 from pipeline.running_statistics import EpisodeOrder
 from pipeline.step_plan import Part
@@ -189,7 +189,8 @@ class Student:
         """The optimiser's step, once the losses on all ranks are found finite.
 
         Raises:
-            TrainingError: a loss or a gradient is not finite; nothing was changed.
+            TrainingError: a loss, a gradient or what the running statistics would become is not finite, and nothing was changed; or the
+                weights have become so, and nothing of it may be saved.
         """
         learner = self.learner
         means = self._means(len(step), stop)
@@ -197,6 +198,8 @@ class Student:
             raise self._not_finite("loss", self._bad_episodes())
         # The ranks' last word in this step: if one is lost, the others have done all of the step or nothing of it.
         self.statistics.gather()
+        if not self.statistics.is_finite():
+            raise self._not_finite("running statistics", list(step))
         phase = self._phase(step_index)
         if phase is not None:
             for name, parameter in learner.model.head.named_parameters():
@@ -206,6 +209,8 @@ class Student:
         outcome = learner.stepper.take_step()
         if not outcome.is_finite and not outcome.was_skipped:
             raise self._not_finite("gradient", list(step))
+        if not has_finite_weights(learner.model):
+            raise self._not_finite("weights", list(step), "with their step")
         self.statistics.settle()
         learner.done = step.stop
         return StepRecord(
@@ -246,13 +251,15 @@ class Student:
         ]
         return [int(index) for given in self.ranks.gather(own) for index in given]  # type: ignore[attr-defined]
 
-    def _not_finite(self, what: str, bad: list[int]) -> TrainingError:
+    def _not_finite(self, what: str, bad: list[int], since: str = "in") -> TrainingError:
         name = self.learner.name
         whose = f" of {name}" if name else ""
         rate = f"heads.{name}.training.learning_rate" if name else "training.learning_rate"
+        verb = "are" if what.endswith("s") and what != "loss" else "is"
+        kept = "last.pt holds the state from before this step" if since == "in" else "last.pt is what was saved before"
         return TrainingError(
-            f"the {what}{whose} is not finite in training episodes {bad}. Lower {rate}, or look at these episodes' videos "
-            "(not_finite.json names them); last.pt holds the state from before this step.",
+            f"the {what}{whose} {verb} not finite {since} training episodes {bad}. Lower {rate}, or look at these episodes' videos "
+            f"(not_finite.json names them); {kept}.",
             bad,
         )
 

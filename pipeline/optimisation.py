@@ -222,6 +222,12 @@ def make_average(model: FewShotModel, training: TrainingConfig) -> AveragedModel
     return average.requires_grad_(False).eval()
 
 
+def has_finite_weights(model: nn.Module) -> bool:
+    """Whether every weight that learns is a number; the device is waited for once."""
+    learning = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    return math.isfinite(float(torch.nn.utils.get_total_norm(learning, norm_type=math.inf)))
+
+
 def gradient_norm_and_clip(parameters: Iterable[nn.Parameter], max_norm: float | None) -> float:
     """2-norm of all gradients together, and gradients shortened to a largest norm; the device is waited for once.
 

@@ -19,12 +19,13 @@ from configs.load import parse_config, to_toml
 from configs.schema import RunConfig
 from episodes.build import head_config
 from pipeline.ancestry import classes_of_run
-from pipeline.checkpoint import Newest, load_checkpoint, load_newest, save_checkpoint
+from pipeline.checkpoint import CheckpointError, Newest, load_checkpoint, load_newest, save_checkpoint
 from pipeline.console import say
 from pipeline.model import ClipEncoder, describe_backbone
 from pipeline.optimisation import Stepper
 from pipeline.settings import SetupError
 from pipeline.setup import Workplace
+from pipeline.weights_files import weights_name
 
 # May differ between a run and its resumption: they change no number of the training.
 CHANGEABLE = frozenset(
@@ -141,7 +142,7 @@ def refuse_other_config(config: RunConfig, checkpoint: Mapping[str, Any]) -> Non
             "--resume: the head's options that the config leaves out had other defaults when the run began: "
             f"{checkpoint['head_options']}, now {resolved_head_options(config)}. State them, or start a new --out."
         )
-    changeable -= _other_origins(stored, wanted)
+    changeable -= _other_origins(stored, wanted, checkpoint["progress"].get("started_from", {}))
     differing = [
         f"{table}.{key}: run {stored[table].get(key)!r}, now {wanted[table].get(key)!r}"
         for table in stored
@@ -154,17 +155,20 @@ def refuse_other_config(config: RunConfig, checkpoint: Mapping[str, Any]) -> Non
         )
 
 
-def _other_origins(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> set[str]:
-    """Where the run's first weights came from, as far as it is not a file that may have been moved: that stays as it was."""
+def _other_origins(stored: Mapping[str, Any], wanted: Mapping[str, Any], started_from: Mapping[str, str]) -> set[str]:
+    """Where the run's first weights came from, as far as it is not the same content in another place: that stays as it was."""
     found = set()
     for table, key in ORIGINS:
         before, now = stored[table].get(key), wanted[table].get(key)
+        setting = f"{table}.{key}"
+        if before == now:
+            continue
         if before is None or now is None:
-            found.add(f"{table}.{key}")
+            found.add(setting)
             continue
         is_same_place = Path(now).resolve() == Path(before)  # of a file that may be gone
-        if not is_same_place and (Path(before).exists() or not Path(now).exists()):
-            found.add(f"{table}.{key}")
+        if not is_same_place and weights_name(now) != started_from.get(setting):
+            found.add(setting)
     return found
 
 
@@ -194,16 +198,25 @@ def load_for_resume(folder: Path) -> Newest:
 
 
 def refuse_lost_best(folder: Path, checkpoint: Mapping[str, Any]) -> None:
-    """Refuse a run whose best checkpoint is gone before hours go into it: without that it has no result.
+    """Refuse a run whose best checkpoint is gone or damaged before hours go into it: without that it has no result.
 
     Raises:
-        SetupError: it was validated, and there is no best.pt.
+        SetupError: it was validated, and there is no good best.pt.
     """
-    if checkpoint["progress"]["validated_episode"] >= 0 and not (folder / "best.pt").is_file():
-        raise SetupError(
-            f"{folder / 'best.pt'} is gone, the best weights so far (after {checkpoint['progress']['best_episode']} episodes). Restore "
-            f'it from a copy, or begin another run with training.initial_weights="{folder / "last.pt"}" and a new --out.'
-        )
+    path = folder / "best.pt"
+    if checkpoint["progress"]["validated_episode"] < 0:
+        return
+    problem = f"{path} is gone."
+    if path.is_file():
+        try:
+            load_checkpoint(path)
+            return
+        except CheckpointError as error:
+            problem = str(error)
+    raise SetupError(
+        f"{problem} It has the best weights so far (after {checkpoint['progress']['best_episode']} episodes): restore it from a copy, or "
+        f'begin another run with training.initial_weights="{folder / "last.pt"}" and a new --out.'
+    )
 
 
 def note_resumption(checkpoint: Newest) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -110,14 +112,19 @@ class RunLog:
             log.sync()
 
     def close(self, failed: bool = False) -> None:
-        """Write what waits, and let go of files and threads. `failed`: the run did not come to its end."""
-        if self._file is not None:
-            self._file.close()
-        self._file = None
+        """Write what waits, and let go of files and threads.
+
+        Args:
+            failed: the run did not come to its end, for a reason that is told: a file that cannot be written is not told again.
+        """
+        file, self._file = self._file, None
+        closing: list[Callable[[], None]] = [] if file is None else [file.close]
         if self._is_open:
-            for log in self._logs:
-                log.close(failed)
+            closing += [partial(log.close, failed) for log in self._logs]
         self._is_open = False
+        for close in closing:
+            with suppress(OSError) if failed else nullcontext():
+                close()
 
     def __enter__(self) -> RunLog:
         return self

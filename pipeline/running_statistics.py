@@ -51,6 +51,10 @@ class EpisodeOrder:
         shared = {place for place in own if self._modules[place].is_shared}
         self._gathered = own if not (self._ranks.are_several and self._modules) else own | self._of_all(own, shared)
 
+    def is_finite(self) -> bool:
+        """Whether what was gathered is numbers; the same on every rank."""
+        return all(bool(moments.isfinite().all()) for moments in self._gathered.values())
+
     def settle(self) -> None:
         """Add what was gathered to the running statistics."""
         for place, moments in self._gathered.items():

@@ -26,7 +26,7 @@ from pipeline.interrupts import Stopped, StopRequest
 from pipeline.learning import Learner, TrainingError
 from pipeline.loop import run_loop
 from pipeline.model import ClipEncoder
-from pipeline.optimisation import make_stepper
+from pipeline.optimisation import has_finite_weights, make_stepper
 from pipeline.output_folder import check_output_folder
 from pipeline.parameter_groups import freeze_parameters
 from pipeline.ranks import ALONE, RankLost, Ranks
@@ -341,9 +341,11 @@ def _let_first_finish(ranks: Ranks) -> None:
 
 
 def _save_unfinished(jobs: Sequence[TrainingJob]) -> list[TrainingJob]:
+    """Save the runs that are not at their end, but none whose weights have just ceased to be numbers."""
     unfinished = [job for job in jobs if job.progress.episode < job.training.episodes]
     for job in unfinished:
-        job.save("last.pt")
+        if has_finite_weights(job.place.model):
+            job.save("last.pt")
     return unfinished
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -137,6 +138,9 @@ def test_where_the_first_weights_came_from_stays_in_the_record(made: MadeRuns, t
     with pytest.raises(SetupError, match=r"training\.initial_weights: run .*, now '.*last\.pt'"):
         training.train(on_cubes(made, changed), tmp_path / "run", CPU, resume=True)
     start.rename(tmp_path / "moved")
+    foreign = f'training.initial_weights="{tmp_path / "moved/last.pt"}"'
+    with pytest.raises(SetupError, match=r"training\.initial_weights: run .*, now '.*moved/last\.pt'"):
+        training.train(on_cubes(made, foreign), tmp_path / "run", CPU, resume=True)
     # The same words as before, though the file is gone; and where it is now.
     stopped_again = on_cubes(made, given, "training.episodes=9")
     with pytest.raises(Stopped):
@@ -147,8 +151,23 @@ def test_where_the_first_weights_came_from_stays_in_the_record(made: MadeRuns, t
     assert load_config(tmp_path / "run/config.toml").training.initial_weights == str(tmp_path / "moved/best.pt")
 
 
+def test_first_weights_may_be_read_from_a_copy_while_the_first_file_is_there(made: MadeRuns, tmp_path: Path) -> None:
+    training.train(on_cubes(made), tmp_path / "start", CPU)
+    first, copied = tmp_path / "start/best.pt", tmp_path / "copy.pt"
+    stopped(on_cubes(made, f'training.initial_weights="{first}"'), tmp_path / "run")
+    shutil.copy(first, copied)
+    training.train(on_cubes(made, f'training.initial_weights="{copied}"'), tmp_path / "run", CPU, resume=True)
+    copied.write_bytes(b"other content")
+    other = on_cubes(made, f'training.initial_weights="{copied}"', "training.episodes=9")
+    training.train(other, tmp_path / "run", CPU, resume=True)  # the words have not changed, and the file is not read
+
+
 def test_another_random_start_is_refused(world: World, tmp_path: Path) -> None:
     stopped(world.config("training.mode=end_to_end"), tmp_path / "run")
+    training.train(world.config("training.mode=end_to_end", "training.episodes=0"), tmp_path / "other", CPU)
+    file = f'backbone.weights="{tmp_path / "other/backbone.pt"}"'
+    with pytest.raises(SetupError, match=r"backbone\.weights: run 'random:1', now '.*backbone\.pt'"):
+        training.train(world.config("training.mode=end_to_end", file), tmp_path / "run", CPU, resume=True)
     with pytest.raises(SetupError, match=r"backbone\.weights: run 'random:1', now 'random:7'"):
         training.train(
             world.config("training.mode=end_to_end", "backbone.weights=random:7"), tmp_path / "run", CPU, resume=True
@@ -192,11 +211,48 @@ def test_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(world: Wor
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("loggers", ['["csv"]', "[]"])
+def test_full_disk_is_told_by_the_log_that_cannot_be_written(made: MadeRuns, tmp_path: Path, loggers: str) -> None:
+    options = ("training.episodes=40", "training.episodes_per_step=1", f"training.loggers={loggers}")
+    training.train(on_cubes(made, *options), tmp_path / "whole", CPU)
+    metrics = tmp_path / "run/metrics.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_disk(line: Mapping[str, Any]) -> None:
+        if line["kind"] == "step" and line["episode"] == 20:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (metrics.stat().st_size + 30, before[1]))
+
+    try:
+        with pytest.raises(WriteError, match=r"run/metrics\.jsonl cannot be written \(File too large\).*make room"):
+            training.train(on_cubes(made, *options), tmp_path / "run", CPU, report=fill_disk)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(metrics.read_text().splitlines()) > 20
+    training.train(on_cubes(made, *options), tmp_path / "run", CPU, resume=True)
+    assert metrics.read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+
+def test_damaged_best_checkpoint_is_told_before_any_work(made: MadeRuns, tmp_path: Path) -> None:
+    run, options = tmp_path / "run", ("training.validate_every=2", "training.episodes_per_step=1")
+    stopped(on_cubes(made, *options), run, 3)
+    whole, lines = (run / "best.pt").read_bytes(), (run / "metrics.jsonl").read_bytes()
+    (run / "best.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        SetupError, match=r"best\.pt cannot be read .* best weights so far \(after 2 episodes\): restore"
+    ):
+        training.train(on_cubes(made, *options), run, CPU, resume=True)
+    assert (run / "metrics.jsonl").read_bytes() == lines
+    (run / "best.pt").write_bytes(whole)
+    training.train(on_cubes(made, *options), run, CPU, resume=True)
+
+
 def test_lost_best_checkpoint_is_told_before_any_work(made: MadeRuns, tmp_path: Path) -> None:
     run = tmp_path / "run"
     stopped(on_cubes(made, "training.validate_every=2", "training.episodes_per_step=1"), run, 3)
     (run / "best.pt").unlink()
-    with pytest.raises(SetupError, match=r"best\.pt is gone, the best weights so far \(after 2 episodes\)"):
+    with pytest.raises(
+        SetupError, match=r"best\.pt is gone\. It has the best weights so far \(after 2 episodes\): restore"
+    ):
         training.train(
             on_cubes(made, "training.validate_every=2", "training.episodes_per_step=1"), run, CPU, resume=True
         )
