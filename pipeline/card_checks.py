@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from cache.cube import Spec
 from configs.load import parse_config
 from configs.schema import RunConfig
-from pipeline.card_reading import CardError, held_out_scores, own_test_accuracy, selected_on
+from pipeline.card_reading import CardError, held_out_scores, own_test_accuracy, read_metrics, selected_on
 from pipeline.checkpoint import CheckpointError, content_digest, load_checkpoint
 from pipeline.provenance import code_version
 from pipeline.run_files import CHANGEABLE
@@ -60,9 +59,12 @@ def contradictions(folder: Path, card: Mapping[str, Any], num_parameters: int) -
     truth = {
         "num_parameters": num_parameters,
         **_by_best(best),
-        **_by_metrics(folder / "metrics.jsonl", best, card),
         **own_test_accuracy(card),
     }
+    try:
+        truth |= _by_metrics(folder / "metrics.jsonl", best, card)
+    except CardError as error:
+        said.append(f"metrics.jsonl cannot be held against the card: {error}")
     if (folder / "last.pt").is_file():
         try:
             truth |= _by_last(load_checkpoint(folder / "last.pt"))
@@ -143,7 +145,7 @@ def _by_metrics(metrics: Path, best: Mapping[str, Any], card: Mapping[str, Any])
     """What metrics.jsonl says; nothing where it is gone."""
     if not metrics.is_file():
         return {}
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    records = read_metrics(metrics)
     tested = [
         record["test_accuracy_not_for_selection"] for record in records if "test_accuracy_not_for_selection" in record
     ]
@@ -184,6 +186,7 @@ def _against_config(card: Mapping[str, Any], document: str, name: str, changeabl
 def _against_page(card: Mapping[str, Any], page: Path) -> list[str]:
     writers = {card["code_version"], *(each["code_version"] for each in card.get("evaluations", []))}
     # Another version may word the page otherwise.
-    if page.is_file() and writers == {code_version()} and page.read_text(encoding="utf-8") != to_markdown(card):
+    is_comparable = page.is_file() and writers == {code_version()}
+    if is_comparable and page.read_text(encoding="utf-8", errors="replace") != to_markdown(card):
         return ["card.md is not the page of this card.json"]
     return []

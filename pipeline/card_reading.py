@@ -78,6 +78,16 @@ class _Card(BaseModel):
     evaluations: list[RecordedEvaluation] = []
 
 
+class _MetricsLine(BaseModel):
+    """What reading metrics.jsonl relies on."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    kind: str
+    episode: int
+    test_accuracy_not_for_selection: float = 0.0
+
+
 def read_card(path: Path) -> dict[str, Any]:
     """The content of a run's card.json.
 
@@ -98,12 +108,16 @@ def read_card(path: Path) -> dict[str, Any]:
     try:
         _Card.model_validate(card)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
         raise CardError(
-            f"{path} is damaged, or no run card of mastaf: {where or 'its content'}: {first['msg']}. Restore it from a copy."
+            f"{path} is damaged, or no run card of mastaf: {_first_problem(error)}. Restore it from a copy."
         ) from error
     return dict(card)
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where or 'its content'}: {first['msg']}"
 
 
 def own_test_accuracy(card: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,14 +143,42 @@ def selected_on(is_by_validation: bool, has_held_out: bool) -> str:
 
 
 def held_out_scores(metrics: Path, best_episode: int) -> dict[str, Any]:
-    """What the best checkpoint of a classification run scored on the videos kept out of its training."""
+    """What the best checkpoint of a classification run scored on the videos kept out of its training.
+
+    Raises:
+        CardError: as `read_metrics`.
+    """
     found: dict[str, Any] = {}
-    if metrics.is_file():
-        for line in metrics.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            if record["kind"] == "validation" and record["episode"] == best_episode:
-                found = {key: value for key, value in record.items() if key.startswith("heldout_")}
+    for record in read_metrics(metrics):
+        if record["kind"] == "validation" and record["episode"] == best_episode:
+            found = {key: value for key, value in record.items() if key.startswith("heldout_")}
     return found
+
+
+def read_metrics(metrics: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; none where it is gone.
+
+    Raises:
+        CardError: it cannot be read, or a line of it is damaged.
+    """
+    if not metrics.is_file():
+        return []
+    try:
+        lines = metrics.read_bytes().splitlines()
+    except OSError as error:
+        raise CardError(f"{metrics} cannot be read: {error}") from error
+    return [_metrics_line(line, f"line {number} of {metrics}") for number, line in enumerate(lines, start=1)]
+
+
+def _metrics_line(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        _MetricsLine.model_validate(record)
+    except ValidationError as error:
+        raise CardError(f"{where} is damaged: {_first_problem(error)}. Restore the file from a copy.") from error
+    except ValueError as error:
+        raise CardError(f"{where} is damaged: it is no JSON ({error}). Restore the file from a copy.") from error
+    return dict(record)
 
 
 def _is_own_test(evaluation: Mapping[str, Any], card: Mapping[str, Any]) -> bool:

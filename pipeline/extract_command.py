@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
-from cache.open import open_store
+from cache.document import read_document
+from cache.open import is_address, open_files, open_store
+from cache.store import StoreError
 from configs.load import ConfigError, find_recipe, load_config
 from configs.schema import RunConfig
 from extract.decode import VideoSource
@@ -89,10 +92,7 @@ def extract_config(
     if from_run is not None:
         path = from_run / "config.toml"
         if not (from_run / "backbone.pt").is_file():
-            raise SetupError(
-                f"{from_run} holds no backbone.pt, which end-to-end and classification runs have when they have ended. Go on with "
-                "`mastaf train` and --resume: an ended run trains nothing more, and writes it anew."
-            )
+            raise _without_backbone(from_run)
     elif recipe is None and backbone is None:
         raise SetupError(
             "no backbone is named. Give --backbone NAME (see `mastaf list backbones`), --config RECIPE or --from-run RUN."
@@ -112,3 +112,36 @@ def extract_config(
     if config.store.kind == "memory":
         raise SetupError("a store in memory would be gone when this command ends. Give --store FOLDER.zarr.")
     return config
+
+
+def _without_backbone(run: Path) -> SetupError:
+    """What to do about a run of --from-run that has no backbone.pt."""
+    if not (run / "config.toml").is_file():
+        return SetupError(
+            f"{run} holds no run (no config.toml). Give the folder of an end-to-end or classification run."
+        )
+    config = load_config(run / "config.toml")
+    if config.training.mode == "cached":
+        return SetupError(
+            f'{run} has no backbone of its own: with training.mode = "cached" it has learned a head on a store. '
+            f"{_maker_of(config.store.path)}"
+        )
+    return SetupError(
+        f"{run} holds no backbone.pt, which end-to-end and classification runs have when they have ended. Go on with "
+        "`mastaf train` and --resume: an ended run trains nothing more, and writes it anew."
+    )
+
+
+def _maker_of(store_path: str | None) -> str:
+    """How to extract with the backbone that filled a store, as far as the store tells."""
+    unknown = "Extract with the run that filled the store (--from-run), or with --backbone NAME and --weights W."
+    if not store_path or is_address(store_path) or not Path(store_path).exists():
+        return unknown
+    try:
+        origin = read_document(open_files(store_path)).origin
+        if origin.get("from_run"):
+            return f"Extract with the run that filled {store_path}: --from-run {shlex.quote(origin['from_run'])}"
+        name, weights = (shlex.quote(origin["config"]["backbone"][key]) for key in ("name", "weights"))
+    except (StoreError, OSError, KeyError, TypeError):
+        return unknown  # this is advice within another error
+    return f"Extract with what filled {store_path}: --backbone {name} --weights {weights}"

@@ -126,7 +126,7 @@ def lost(error: BaseException) -> RankLost:
     reason = text.split(". ")[0][:160] or type(error).__name__
     return RankLost(
         f"another rank of this job has ended or cannot be reached ({reason}). Its own message, if it had time for one, says why; "
-        "the run is saved: start the same command again with --resume."
+        "start the same command again. What was trained is saved: a training goes on with --resume."
     )
 
 

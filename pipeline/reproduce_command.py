@@ -84,7 +84,7 @@ class Reproduction:
     changes: tuple[Change, ...]
     """Versions and machines that differ; they explain a difference, and are none."""
     not_done: tuple[NotDone, ...] = ()
-    """What cannot be run: a store or a manifest is gone, or it is not the run's."""
+    """What cannot be run: a store or a manifest is gone, or it is not the run's. Several ranks end with such an error instead."""
 
     @property
     def is_identical(self) -> bool:
@@ -122,7 +122,7 @@ def reproduce(
     manifest: str | None = None,
     split: str | None = None,
 ) -> Reproduction:
-    """Run the evaluations of a card again.
+    """Run the evaluations of a card again, on the ranks of this job.
 
     Args:
         path: a run's folder, or its card.json.
@@ -133,14 +133,42 @@ def reproduce(
 
     Raises:
         CardError: no card, a damaged one, or one without an evaluation to run.
-        SetupError, SpecMismatch, SourceError: the run cannot be opened as it was, for none of the evaluations.
+        SetupError, SpecMismatch, SourceError: as `reproduce_on`.
     """
     folder = path if path.is_dir() else path.parent
+    if path.is_file() and path.name != "card.json":
+        raise CardError(f"{path} is no card.json. Give the run's folder or its card.json: mastaf reproduce {folder}")
     card = read_card(path)
     refuse_unknown_tables(card, folder / "card.json")
+    _recorded(card, split, folder)  # refuses before any rank waits for another
+    with joined_ranks(choose_device(device)) as (ranks, chosen):
+        return reproduce_on(ranks, chosen, folder, card, store_path, manifest, split)
+
+
+def reproduce_on(
+    ranks: Ranks,
+    device: torch.device,
+    folder: Path,
+    card: Mapping[str, Any],
+    store_path: str | None = None,
+    manifest: str | None = None,
+    split: str | None = None,
+) -> Reproduction:
+    """As `reproduce`, on ranks that have joined.
+
+    Args:
+        ranks: of this job; each scores its share of every evaluation.
+        device: of this rank.
+        folder: of the run.
+        card: of `read_card`.
+        store_path: as of `reproduce`, and so are the others.
+
+    Raises:
+        SetupError, SpecMismatch, SourceError: none of the evaluations can be run; on several ranks: one of them cannot.
+    """
     recorded = _recorded(card, split, folder)
     runs: dict[_Places, LoadedRun] = {}
-    with joined_ranks(choose_device(device)) as (ranks, chosen), progress("reproduce") as on_progress:
+    with progress("reproduce") as on_progress:
         found: list[Again] = []
         failed: list[tuple[NotDone, Exception]] = []
         total, done = sum(entry.episodes for entry in recorded), 0
@@ -149,20 +177,23 @@ def reproduce(
                 places = (store_path or _place(folder, entry.store), manifest or _place(folder, entry.manifest))
                 try:
                     if places not in runs:
-                        runs[places] = load_run(folder, chosen, *places, ranks)
-                    found.append(_again(runs[places], entry, folder, chosen, _offset(on_progress, done, total), ranks))
+                        runs[places] = load_run(folder, device, *places, ranks)
+                    found.append(_again(runs[places], entry, folder, device, _offset(on_progress, done, total), ranks))
                 except (ValueError, OSError, StoreError) as error:
+                    if ranks.are_several:
+                        # The others may wait within this evaluation: a rank that went on to the next would answer another question.
+                        raise
                     failed.append((NotDone(_name(entry), percent(entry.accuracy, entry.interval95), str(error)), error))
                 done += entry.episodes
             if failed and not found:
                 _refuse_other_weights(folder, card)
                 raise failed[0][1]
             if not runs:
-                runs[store_path, manifest] = load_run(folder, chosen, store_path, manifest, ranks)
+                runs[store_path, manifest] = load_run(folder, device, store_path, manifest, ranks)
             first = next(iter(runs.values()))
             if split is None and "heldout_top1" in card:
-                found += _held_out_again(first, card, folder, chosen, ranks)
-            wrong = contradictions(folder, card, num_parameters_of(first, folder, chosen))
+                found += _held_out_again(first, card, folder, device, ranks)
+            wrong = contradictions(folder, card, num_parameters_of(first, folder, device))
             changes = _changes(card, recorded, list(runs.values()))
         finally:
             for run in runs.values():
@@ -186,11 +217,15 @@ def _name(entry: RecordedEvaluation) -> str:
 
 
 def _place(folder: Path, recorded: str | None) -> str | None:
-    """A recorded path from here: it is relative to the run's folder, or in earlier cards to where `evaluate` was typed."""
+    """A recorded path from here: it is relative to the run's own folder, or in earlier cards to where `evaluate` was typed.
+
+    A link to the run is followed first. Where that leads nowhere, the path is tried from the link: a run that was moved to another
+    disk may have left one in its old place.
+    """
     if recorded is None:
         return None
-    path = Path(os.path.normpath(folder / recorded))
-    return str(path) if path.exists() or not Path(recorded).exists() else recorded
+    path, from_link = (Path(os.path.normpath(start / recorded)) for start in (folder.resolve(), folder.absolute()))
+    return str(next((each for each in (path, from_link, Path(recorded)) if each.exists()), path))
 
 
 def _recorded(card: Mapping[str, Any], split: str | None, folder: Path) -> list[RecordedEvaluation]:

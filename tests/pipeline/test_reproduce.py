@@ -20,7 +20,7 @@ from contracts.made_runs import MadeRuns, train_run
 from contracts.world import World
 from pipeline import training
 from pipeline.card_checks import contradictions
-from pipeline.card_reading import read_card
+from pipeline.card_reading import CardError, held_out_scores, read_card
 from pipeline.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.outcomes import bits_digest, read_outcomes
 from pipeline.run_page import to_markdown
@@ -144,11 +144,11 @@ def test_other_weights_are_found_with_the_first_episode_that_differs(
     content = load_checkpoint(run / "best.pt")
     generator = torch.Generator().manual_seed(1)
     for name, value in content["model"].items():
-        if value.is_floating_point() and name.startswith("head.cam"):
+        if value.is_floating_point() and name.startswith("head.cam") and not name.endswith("running_var"):
             value.copy_(3 * torch.randn(value.shape, generator=generator))
     save_checkpoint(run / "best.pt", content)
-    code, out, _ = mastaf("reproduce", run, "--device", "cpu", "--json", "--split", "test")
-    assert code == 1
+    code, out, err = mastaf("reproduce", run, "--device", "cpu", "--json", "--split", "test")
+    assert code == 1, err
     report = json.loads(out)
     assert "the weights of best.pt are" in report["contradictions"][0]
     entries = read_card(run)["evaluations"]
@@ -329,12 +329,80 @@ def test_evaluation_on_a_store_beside_the_run_moves_with_it(
     assert code == 0, out + err
 
 
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_store_and_manifest_beside_the_run_are_found_through_a_link_to_it(
+    mastaf: Run, made: MadeRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_gone: bool
+) -> None:
+    there = tmp_path / "there"
+    run = Path(shutil.copytree(made.heads[0], there / "run"))
+    shutil.copytree(made.store_path, there / "data/cubes.zarr")
+    shutil.copy(made.world.manifest_path, there / "data/videos.csv")
+    store, manifest = there / "data/cubes.zarr", there / "data/videos.csv"
+    evaluate_folder(EvaluationRequest(run, episodes=10, store_path=str(store), manifest=str(manifest)), "cpu")
+    entry = read_card(run)["evaluations"][0]
+    assert (entry["store"], entry["manifest"]) == ("../data/cubes.zarr", "../data/videos.csv")
+    if is_gone:
+        shutil.rmtree(store)
+    (tmp_path / "best").symlink_to("there/run")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = mastaf("reproduce", "best", "--device", "cpu")
+    assert code == is_gone, out + err
+    assert (f"there is no store at {store}. " in out) == is_gone
+
+
+def test_store_is_found_from_the_link_that_a_moved_run_has_left(mastaf: Run, made: MadeRuns, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(made.heads[0], tmp_path / "first/run"))
+    store = Path(shutil.copytree(made.store_path, tmp_path / "first/cubes.zarr"))
+    evaluate_folder(EvaluationRequest(run, episodes=10, store_path=str(store)), "cpu")
+    (tmp_path / "second").mkdir()
+    run.symlink_to(run.rename(tmp_path / "second/run"))
+    code, out, err = mastaf("reproduce", run, "--device", "cpu", "--split", "test")
+    assert code == 0, out + err
+
+
 def test_page_that_says_something_else_is_found(mastaf: Run, run: Path) -> None:
     page = run / "card.md"
     page.write_text(page.read_text().replace(" % |", "9 % |"))
     code, out, _ = mastaf("reproduce", run, "--device", "cpu", "--split", "val")
     assert code == 1
     assert "WRONG      card.md is not the page of this card.json" in out
+
+
+def test_page_that_is_no_text_is_found(mastaf: Run, run: Path) -> None:
+    (run / "card.md").write_bytes(b"\xff\xfe")
+    code, out, err = mastaf("reproduce", run, "--device", "cpu", "--split", "val")
+    assert code == 1, err
+    assert "WRONG      card.md is not the page of this card.json" in out
+
+
+DAMAGED_LINES = {
+    "torn": (b'{"kind": "step", "epis', "it is no JSON"),
+    "no text": (b'{"kind": "\xff"}', "it is no JSON"),
+    "not an object": (b"7", "its content"),
+    "no kind": (b'{"episode": 3}', "kind"),
+    "no episode": (b'{"kind": "step"}', "episode"),
+    "episode is a word": (b'{"kind": "step", "episode": "3"}', "episode"),
+    "accuracy is a word": (
+        b'{"kind": "validation", "episode": 3, "test_accuracy_not_for_selection": "high"}',
+        "test_accuracy_not_for_selection",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED_LINES)
+def test_damaged_metrics_are_named_beside_the_evaluations(mastaf: Run, run: Path, what: str) -> None:
+    damaged, words = DAMAGED_LINES[what]
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines()
+    metrics.write_bytes(b"\n".join([lines[0], damaged, *lines[1:]]) + b"\n")
+    code, out, err = mastaf("reproduce", run, "--device", "cpu", "--split", "val")
+    assert code == 1, err
+    first, second, *_ = out.splitlines()
+    assert first.startswith("identical  val")
+    said = f"WRONG      metrics.jsonl cannot be held against the card: line 2 of {metrics} is damaged: {words}"
+    assert second.startswith(said)
+    with pytest.raises(CardError, match=r"line 2 of .*run/metrics\.jsonl is damaged"):
+        held_out_scores(metrics, 6)
 
 
 def test_other_machine_and_versions_are_named_and_no_difference(mastaf: Run, run: Path) -> None:
@@ -389,6 +457,14 @@ def test_bad_input_is_one_line(mastaf: Run, run: Path, what: str) -> None:
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert word in err
+
+
+@pytest.mark.parametrize("name", ["card.md", "config.toml", "best.pt"])
+def test_another_file_of_the_run_is_no_damaged_card(mastaf: Run, scored: Path, name: str) -> None:
+    code, out, err = mastaf("reproduce", scored / name)
+    assert (code, out) == (2, "")
+    wanted = f"Give the run's folder or its card.json: mastaf reproduce {scored}"
+    assert err == f"mastaf: {scored / name} is no card.json. {wanted}\n"
 
 
 def test_split_that_was_not_scored_is_refused(mastaf: Run, run: Path) -> None:
