@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 SAME_EPISODES = ("split", "protocol", "n_way", "k_shot", "n_query", "episodes", "seed", "split_hash")
 """What makes the episodes of an evaluation."""
 KEY = (*SAME_EPISODES, "store_fingerprint")
-"""A new evaluation takes the place of one that agrees in all of these."""
+"""A new evaluation takes the place of one that agrees in all of these and was scored the same way (`run_card.record_evaluation`)."""
 
 HELD_OUT = "held-out videos"
 """What the checkpoint of a classification run without validation classes is selected on."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cache.open import is_address
 from cache.store import StoreError
 from pipeline.card_checks import contradictions, refuse_unknown_tables
 from pipeline.card_reading import CardError, RecordedEvaluation, read_card
@@ -222,8 +223,8 @@ def _place(folder: Path, recorded: str | None) -> str | None:
     A link to the run is followed first. Where that leads nowhere, the path is tried from the link: a run that was moved to another
     disk may have left one in its old place.
     """
-    if recorded is None:
-        return None
+    if recorded is None or is_address(recorded):
+        return recorded
     path, from_link = (Path(os.path.normpath(start / recorded)) for start in (folder.resolve(), folder.absolute()))
     return str(next((each for each in (path, from_link, Path(recorded)) if each.exists()), path))
 

@@ -13,7 +13,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.card_reading import KEY, CardError, held_out_scores, own_test_accuracy, read_card, selected_on
+from cache.open import is_address
+from pipeline.card_reading import (
+    KEY,
+    SAME_EPISODES,
+    CardError,
+    held_out_scores,
+    own_test_accuracy,
+    read_card,
+    selected_on,
+)
 from pipeline.checkpoint import content_digest, load_checkpoint, write_file
 from pipeline.evaluation import Accuracy
 from pipeline.outcomes import outcomes_digest, write_outcomes
@@ -129,6 +138,8 @@ def record_evaluation(
 ) -> None:
     """Add an evaluation to a run's card, or put it in the place of the same one; the answers go to a file of their own.
 
+    One by decoding and one through a store are two, though their cubes be described alike: half precision rounds.
+
     Args:
         folder: of the run.
         result: of `evaluate_run`.
@@ -145,7 +156,7 @@ def record_evaluation(
         entry = {
             **{key: result[key] for key in ("accuracy", "interval95", *KEY, "episode_hash")},
             "outcomes_sha256": outcomes_digest(score),
-            "outcomes_file": _outcomes_file(result),
+            "outcomes_file": _outcomes_file(result, is_through_store(card["mode"], store)),
             "store": _from_run(store, folder),
             "store_as_given": store,
             "manifest": _from_run(manifest, folder),
@@ -157,11 +168,40 @@ def record_evaluation(
             "hardware": hardware(),
         }
         write_outcomes(folder / entry["outcomes_file"], score)
-        others = [each for each in card.get("evaluations", []) if any(each[key] != entry[key] for key in KEY)]
-        evaluations = [*others, entry]
-        evaluations.sort(key=lambda each: json.dumps([each[key] for key in KEY]))
-        card["evaluations"] = evaluations
+        others = [each for each in card.get("evaluations", []) if not _gives_way(each, entry, card["mode"])]
+        card["evaluations"] = sorted([*others, entry], key=lambda each: json.dumps(_order(each, card["mode"])))
         _write(folder, card | own_test_accuracy(card))
+
+
+def is_through_store(mode: str, store: str | None) -> bool:
+    """Whether a run that decodes its videos was scored through a store of their cubes; one on the cache knows no other way.
+
+    Args:
+        mode: the run's `training.mode`.
+        store: of the evaluation in its card; None: the run's own source.
+    """
+    return mode != "cached" and store is not None
+
+
+def _gives_way(earlier: Mapping[str, Any], new: Mapping[str, Any], mode: str) -> bool:
+    """Whether a new evaluation takes the place of an earlier one: on the same episodes, scored the same way, on the same cubes.
+
+    Through a store: or on other cubes that were in its place then. They are there no more, so nobody could score them again.
+    """
+    if _order(earlier, mode)[:-1] != _order(new, mode)[:-1]:
+        return False
+    is_same_place = is_through_store(mode, new["store"]) and earlier.get("store") == new["store"]
+    return is_same_place or bool(earlier["store_fingerprint"] == new["store_fingerprint"])
+
+
+def _order(evaluation: Mapping[str, Any], mode: str) -> list[Any]:
+    """What evaluations are sorted by. On the same episodes that by decoding comes first: the card's own test accuracy is the first
+    of those that fit equally well."""
+    return [
+        *(evaluation[key] for key in SAME_EPISODES),
+        is_through_store(mode, evaluation.get("store")),
+        evaluation["store_fingerprint"],
+    ]
 
 
 def _validation(place: Workplace, progress: Progress, best_digest: str | None) -> dict[str, Any]:
@@ -195,16 +235,20 @@ def _kept_evaluations(folder: Path, best_digest: str | None) -> list[dict[str, A
 
 
 def _from_run(given: str | None, folder: Path) -> str | None:
-    """A path that holds from any folder: from the run's own where it lies beside or below that, so that both may move together."""
-    if given is None:
-        return None
+    """A path that holds from any folder: from the run's own where it lies beside or below that, so that both may move together.
+
+    An address stays one.
+    """
+    if given is None or is_address(given):
+        return given
     path, run = Path(given).resolve(), folder.resolve()
     return os.path.relpath(path, run) if path.is_relative_to(run.parent) else str(path)
 
 
-def _outcomes_file(result: Mapping[str, Any]) -> str:
+def _outcomes_file(result: Mapping[str, Any], is_through_store: bool) -> str:
     """`evaluations/test_5way_1shot_1query_10000episodes_seed0_1a2b3c4d.npz`; the end stands for protocol, data and cubes."""
-    rest = hashlib.sha256(json.dumps([result[key] for key in KEY]).encode()).hexdigest()[:8]
+    parts = [result[key] for key in KEY] + ["through a store"] * is_through_store
+    rest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
     return (
         f"evaluations/{result['split']}_{result['n_way']}way_{result['k_shot']}shot_{result['n_query']}query_"
         f"{result['episodes']}episodes_seed{result['seed']}_{rest}.npz"

@@ -12,14 +12,14 @@ from episodes.datasets import write_manifest
 from pipeline.card_reading import read_card
 from pipeline.comparison import Comparison, ScoredRun, SharedEpisodes
 from pipeline.evaluation import Accuracy
-from pipeline.run_card import record_evaluation
+from pipeline.run_card import is_through_store, record_evaluation
 from pipeline.scoring import LoadedRun, result_of
 from pipeline.whole_outputs import OutputDamaged
 
 SCORED_MANIFEST = "scored.csv"
 """In a comparison's folder, where the store lacks videos: the manifest without them."""
 _SAME = ("episode_hash", "k_shot", "n_query", "store_fingerprint", "accuracy", "interval95")
-"""What finds an evaluation again among those of a card."""
+"""What finds an evaluation again among those of a card that were scored the same way, by decoding or through a store."""
 
 
 def note_comparison(comparison: Comparison, store: Path, manifest: Path, folder: Path) -> None:
@@ -44,7 +44,7 @@ def note_comparison(comparison: Comparison, store: Path, manifest: Path, folder:
 
 
 def note_live(folder: Path, result: Mapping[str, Any], score: Accuracy, manifest: str) -> None:
-    """Put a score by decoding into the card of the backbone's run; the same one through the store gives way to it."""
+    """Put a score by decoding into the card of the backbone's run, beside the one through the store."""
     record_evaluation(folder, result, score, None, manifest)
 
 
@@ -63,16 +63,21 @@ def refuse_unnoted_comparison(runs: Sequence[Path], folder: Path) -> None:
     compared = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
     shared = {key: compared[key] for key in ("episode_hash", "k_shot", "n_query")}
     for run, row in zip(runs, compared["runs"], strict=True):
-        _refuse_unnoted(run, [{**row, **shared}])
+        _refuse_unnoted(run, [{**row, **shared}], is_by_decoding=False)
 
 
 def refuse_unnoted_live(run: Path, file: Path) -> None:
     """As `refuse_unnoted_comparison`, for the scores by decoding."""
-    _refuse_unnoted(run, json.loads(file.read_text(encoding="utf-8")).values())
+    _refuse_unnoted(run, json.loads(file.read_text(encoding="utf-8")).values(), is_by_decoding=True)
 
 
-def _refuse_unnoted(run: Path, scores: Iterable[Mapping[str, Any]]) -> None:
-    noted = [tuple(each[key] for key in _SAME) for each in read_card(run).get("evaluations", [])]
+def _refuse_unnoted(run: Path, scores: Iterable[Mapping[str, Any]], is_by_decoding: bool) -> None:
+    card = read_card(run)
+    noted = [
+        tuple(each[key] for key in _SAME)
+        for each in card.get("evaluations", [])
+        if card["mode"] == "cached" or is_through_store(card["mode"], each.get("store")) != is_by_decoding
+    ]
     if any(tuple(score[key] for key in _SAME) not in noted for score in scores):
         raise OutputDamaged(f"the card of {run} does not hold its score")
 

@@ -10,11 +10,14 @@ from pathlib import Path
 from configs.load import ConfigError, load_config
 from configs.schema import RunConfig
 from configs.whole import PipelineFile
-from episodes.sampler import EpisodeProtocol, EpisodeSampler
+from episodes.datasets import Manifest
+from episodes.sampler import EpisodeProtocol, EpisodeSampler, SamplerError
+from episodes.video import Video
 from extract.config import BackboneConfig, SamplingConfig
+from pipeline.demo_classes import MOTION_CLASSES
 from pipeline.run_files import resolved_head_options
 from pipeline.settings import SetupError
-from pipeline.setup import load_manifest
+from pipeline.setup import episode_protocol, load_manifest
 from pipeline.train_heads import head_configs
 
 
@@ -84,8 +87,7 @@ def load_configs(file: PipelineFile, rendered: Path) -> PipelineConfigs:
         n_query=asked.compare.queries or first.episodes.n_query,
     )
     _refuse_contradictions(configs)
-    if not renders:
-        _refuse_small_split(file, configs)
+    _refuse_small_splits(file, configs, rendered.parent)
     return configs
 
 
@@ -213,10 +215,34 @@ def _problem_of_episodes(configs: PipelineConfigs) -> str | None:
     return None
 
 
-def _refuse_small_split(file: PipelineFile, configs: PipelineConfigs) -> None:
-    """Draw no episode, but let the sampler look at the split for each number of shots."""
-    compare, episodes = file.config.compare, next(iter(configs.heads.values())).episodes
-    manifest = load_manifest(configs.train)
-    for k_shot in compare.shots:
-        protocol = EpisodeProtocol(episodes.protocol, episodes.n_way, k_shot, configs.n_query)
-        EpisodeSampler(manifest, compare.split, protocol, compare.seed)
+def _refuse_small_splits(file: PipelineFile, configs: PipelineConfigs, data: Path) -> None:
+    """Draw no episode, but let the samplers of training and of the comparison look at their splits."""
+    asked, heads = file.config, next(iter(configs.heads.values()))
+    manifest = _manifest_to_be(asked.demo_videos, data) if configs.renders else load_manifest(configs.train)
+    way_out = f" Or raise pipeline.demo_videos = {asked.demo_videos}." if configs.renders else ""
+    wanted = []
+    for key, config in (("backbone", configs.train), ("heads_recipe", heads)):
+        is_read = {
+            "train": config.training.mode != "classify",
+            "val": bool(manifest.classes("val")),
+            "test": config.training.track_test,
+        }
+        wanted += [(key, split, episode_protocol(config)) for split, is_so in is_read.items() if is_so]
+    for k_shot in asked.compare.shots:
+        protocol = EpisodeProtocol(heads.episodes.protocol, heads.episodes.n_way, k_shot, configs.n_query)
+        wanted.append(("compare", asked.compare.split, protocol))
+    for key, split, protocol in wanted:
+        try:
+            EpisodeSampler(manifest, split, protocol)
+        except SamplerError as error:
+            raise SamplerError(f"pipeline.{key}: {error}{way_out}") from error
+
+
+def _manifest_to_be(videos_per_class: int, data: Path) -> Manifest:
+    """Of the demo's videos before they are rendered: all that episodes depend on."""
+    rows = [
+        Video(f"{name}_{number:03d}", f"videos/{name}/{name}_{number:03d}.mp4", name, motion_class.split)
+        for name, motion_class in MOTION_CLASSES.items()
+        for number in range(videos_per_class)
+    ]
+    return Manifest(tuple(rows), data)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import tomllib
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from cache.errors import StoreError
 from cache.open import FORMATS, open_files, open_store
 from cache.verify import verify
+from configs.load import parse_config
 from episodes.datasets import Manifest
 from pipeline.card_reading import CardError, read_card
 from pipeline.checkpoint import content_digest, load_checkpoint
 from pipeline.extraction import video_sources
 from pipeline.extraction_feed import has_file, is_other_input, source_text
 from pipeline.reextraction import is_reachable
+from pipeline.run_files import is_begun, load_for_resume
 from pipeline.weights_files import folder_sha256, plain_files
 
 VERIFY_THREADS = 2
@@ -48,6 +52,25 @@ def run_hashes(folder: Path) -> dict[str, str]:
     if (folder / "backbone.pt").is_file():
         found["backbone"] = content_digest(load_checkpoint(folder / "backbone.pt")["state_dict"])
     return found
+
+
+def is_mended_by_going_on(folder: Path, recorded: Mapping[str, str]) -> bool:
+    """Whether going on with an ended run that is not whole trains nothing, but only writes what is missing around its weights.
+
+    Args:
+        folder: of the run.
+        recorded: what `run_hashes` gave when it ended.
+    """
+    try:
+        best = content_digest(load_checkpoint(folder / "best.pt")["model"])
+        return best == recorded["weights"] and is_begun(folder) and _has_ended(load_for_resume(folder).content)
+    except DAMAGE:
+        return False
+
+
+def _has_ended(checkpoint: Mapping[str, Any]) -> bool:
+    episodes = parse_config(tomllib.loads(checkpoint["config"])).training.episodes
+    return bool(checkpoint["progress"]["validated_episode"] >= episodes)
 
 
 def store_hashes(folder: Path, is_full: bool) -> dict[str, str]:

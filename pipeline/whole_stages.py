@@ -19,6 +19,7 @@ from pipeline.whole_configs import PipelineConfigs
 from pipeline.whole_outputs import (
     changed_inputs,
     files_hashes,
+    is_mended_by_going_on,
     manifest_hashes,
     run_hashes,
     store_hashes,
@@ -52,6 +53,8 @@ class Stage:
     """Whether an output of other settings is refused; otherwise it is set aside and made anew."""
     mend: Callable[[], None] | None = None
     """Makes a damaged output whole in place."""
+    is_mended_by_going_on: Callable[[Mapping[str, str]], bool] = lambda recorded: False
+    """Whether a damaged output, once with these hashes, comes out whole where its making goes on."""
     changed_inputs: Callable[[], Sequence[str]] = tuple
     """What in its output was made from other files than there are now, one line each."""
 
@@ -135,6 +138,7 @@ def _pretrain_step(shop: making.Workshop, config: RunConfig, videos: _Videos) ->
         },
         videos.reads,
         partial(_run_hashes, shop.places.pretrain),
+        is_mended_by_going_on=partial(is_mended_by_going_on, shop.places.pretrain),
     )
     make = partial(making.train_run, shop, config, stage.output, "pretrain")
     return Step("pretrain", "train the backbone by classification", (stage,), lambda _: make())
@@ -147,7 +151,14 @@ def _train_step(shop: making.Workshop, videos: _Videos) -> Step:
     if shop.configs.pretrain is not None:
         del stated["backbone.weights"]
         reads += ("pretrain.backbone",)
-    stage = Stage("train", shop.places.backbone, stated, reads, partial(_run_hashes, shop.places.backbone))
+    stage = Stage(
+        "train",
+        shop.places.backbone,
+        stated,
+        reads,
+        partial(_run_hashes, shop.places.backbone),
+        is_mended_by_going_on=partial(is_mended_by_going_on, shop.places.backbone),
+    )
     title = "train the backbone " + ("by classification" if shop.configs.is_classification else "end to end")
     make = partial(making.train_run, shop, config, stage.output, "backbone")
     return Step("train", title, (stage,), lambda _: make())
@@ -180,7 +191,9 @@ def _heads_step(shop: making.Workshop, videos: _Videos) -> Step:
         reads = (*videos.reads, "extract.fingerprint", "extract.content")
         reads += ("train.weights",) if name == shop.configs.continued_head else ()
         stated = {**settings_of(config, _TRAINING_TABLES), **videos.stated}
-        stages.append(Stage(f"{HEADS}/{name}", folder, stated, reads, partial(_run_hashes, folder)))
+        mended = partial(is_mended_by_going_on, folder)
+        hashes = partial(_run_hashes, folder)
+        stages.append(Stage(f"{HEADS}/{name}", folder, stated, reads, hashes, is_mended_by_going_on=mended))
 
     def make(wanted: Sequence[Stage]) -> None:
         making.train_all_heads(shop, [stage.output.name for stage in wanted])

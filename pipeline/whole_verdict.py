@@ -111,6 +111,8 @@ def judge(
     try:
         now = stage.hashes(is_full)
     except DAMAGE as error:
+        if stage.mend is None and stage.is_mended_by_going_on(record.output):
+            return Verdict("mend", f"damaged: {error}; its weights are whole, so nothing is trained again")
         return Verdict("mend" if stage.mend else "set aside", f"damaged: {error}")
     if now != record.output:
         parts = [part for part in record.output if now.get(part) != record.output[part]]

@@ -16,11 +16,12 @@ from cache.open import open_store
 from configs.load import load_config
 from contracts.made_runs import NUM_EPISODES, MadeRuns
 from contracts.world import World, write_clip
-from pipeline import training
+from pipeline import reproduce_command, training
 from pipeline.card_reading import CardError, read_card
 from pipeline.checkpoint import load_checkpoint
 from pipeline.clip_decoder import ClipDecoder
 from pipeline.outcomes import bits_digest, parting, read_outcomes
+from pipeline.run_card import record_evaluation
 from pipeline.run_page import to_markdown
 from pipeline.scoring import evaluate_run, load_run
 from pipeline.sources import LiveClips
@@ -184,6 +185,14 @@ def test_page_shows_other_data_in_the_words_of_whoever_gave_them(
     entry = read_card(moved)["evaluations"][0]
     assert entry["store"] == str(elsewhere / "cubes.zarr")
     assert entry["manifest"] == str(elsewhere / "videos.csv")
+
+
+def test_address_of_an_object_store_stays_one(run: Path) -> None:
+    result, score = evaluate_run(load_run(run, CPU), "test", 4, CPU)
+    record_evaluation(run, result, score, "s3://bucket/S.zarr")
+    (entry,) = [each for each in read_card(run)["evaluations"] if each["episodes"] == 4]
+    assert entry["store"] == "s3://bucket/S.zarr"
+    assert reproduce_command._place(run, entry["store"]) == "s3://bucket/S.zarr"
 
 
 def test_page_says_over_what_the_interval_of_held_out_videos_is_and_whether_they_chose(run: Path) -> None:

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,20 @@ from cache.open import open_store
 from configs.load import ConfigError, to_toml
 from configs.whole import load_pipeline, pipeline_folder
 from contracts.world import World, make_world, write_clip
-from pipeline import whole_making, whole_pipeline
+from episodes.sampler import SamplerError
+from pipeline import training, whole_configs, whole_making, whole_pipeline
+from pipeline.card_reading import read_card
 from pipeline.checkpoint import load_checkpoint
+from pipeline.demo import render_videos
+from pipeline.demo_classes import MOTION_CLASSES
 from pipeline.interrupts import Stopped
+from pipeline.learning import Learner
 from pipeline.provenance import code_version
 from pipeline.reproduce_command import reproduce
 from pipeline.run_lock import locked
 from pipeline.settings import SetupError
+from pipeline.sources import CachedCubes
+from pipeline.train_command import EvaluationRequest, evaluate_folder
 from pipeline.training import train
 from pipeline.weights_files import weights_name
 from pipeline.whole_configs import load_configs
@@ -156,19 +163,22 @@ def test_one_command_trains_caches_trains_again_and_compares(finished: Path) -> 
 
 def test_cards_hold_the_scores_of_the_report_and_can_be_reproduced(finished: Path) -> None:
     rows = results(report_of(finished))
-    for folder, row in (
-        ("backbone", "mastaf end to end, by decoding"),
-        ("heads/neighbor", "neighbor on the cubes"),
-        ("heads/mastaf", "mastaf on the cubes"),
+    for folder, row, has_store in (
+        ("backbone", "mastaf end to end, by decoding", False),
+        ("backbone", "mastaf end to end, through its cubes", True),
+        ("heads/neighbor", "neighbor on the cubes", True),
+        ("heads/mastaf", "mastaf on the cubes", True),
     ):
-        noted = json.loads((finished / folder / "card.json").read_text())["evaluations"]
-        assert {str(each["k_shot"]): each["accuracy"] for each in noted} == {
-            k_shot: score["accuracy"] for k_shot, score in rows[row].items()
+        card = json.loads((finished / folder / "card.json").read_text())
+        noted = {str(each["k_shot"]): each for each in card["evaluations"] if (each["store"] is not None) == has_store}
+        assert {shots: each["accuracy"] for shots, each in noted.items()} == {
+            shots: score["accuracy"] for shots, score in rows[row].items()
         }
-        assert [each["store"] is None for each in noted] == [folder == "backbone"] * 2
+        assert len(card["evaluations"]) == (4 if folder == "backbone" else 2)
+    for folder in ("backbone", "heads/neighbor", "heads/mastaf"):
         found = reproduce(finished / folder, "cpu")
         assert found.is_identical, found
-        assert len(found.evaluations) == 3
+        assert len(found.evaluations) == (5 if folder == "backbone" else 3), "the validation too"
 
 
 def test_second_run_skips_every_stage_and_writes_none_of_its_files(
@@ -319,10 +329,59 @@ def test_deleted_checkpoint_is_noticed_and_what_comes_out_the_same_again_is_kept
 def test_card_that_is_not_the_runs_is_noticed(file: Path, again: Path, kind: str) -> None:
     text = (again / "heads/neighbor/card.json").read_text()
     (again / "heads/mastaf/card.json").write_text(text if kind == "of another run" else text[:100])
+    facts, _ = run_pipeline(str(file), again, is_dry=True)
+    assert {row["stage"]: row["action"] for row in facts["stages"]} == {
+        **dict.fromkeys(STAGES[:4], "skip"), "heads/mastaf": "mend", **dict.fromkeys(STAGES[4:], "wait"),
+    }  # fmt: skip
+    before = report_of(again)
     report = run(file, again)
     assert made(report) == ["heads/mastaf", *STAGES[4:]]
     assert json.loads((again / "heads/mastaf/card.json").read_text())["head"] == "mastaf"
-    assert results(report) == results(report_of(again))
+    assert results(report) == results(before)
+    assert not list((again / "set_aside").glob("heads_*"))
+    assert made(run(file, again)) == []
+
+
+@pytest.mark.parametrize("kind", ["gone", "damaged"])
+def test_lost_card_of_the_backbone_is_written_again_and_nothing_is_trained(
+    file: Path, again: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card, before = again / "backbone/card.json", report_of(again)
+    logged = (again / "backbone/metrics.jsonl").read_text()
+    weights = (again / "backbone/best.pt").read_bytes()
+    if kind == "gone":
+        card.unlink()
+    else:
+        card.write_bytes(card.read_bytes()[: card.stat().st_size // 2])
+    monkeypatch.setattr(training, "run_loop", loop_without_steps)
+    report = run(file, again)
+    assert made(report) == ["train", *STAGES[4:]], "the new card holds no scores"
+    assert (again / "backbone/best.pt").read_bytes() == weights
+    assert (again / "backbone/metrics.jsonl").read_text() == logged
+    assert not list((again / "set_aside").glob("train_*"))
+    assert results(report) == results(before)
+    assert made(run(file, again)) == []
+    found = reproduce(again / "backbone", "cpu")
+    assert found.is_identical, found
+
+
+def loop_without_steps(learners: Sequence[Learner], *_: object) -> None:
+    """In place of the training loop, where there is nothing left to train."""
+    assert all(learner.done == learner.config.episodes for learner in learners)
+
+
+@pytest.mark.parametrize("gone", ["last.pt", "weights"])
+def test_lost_card_of_a_run_that_cannot_go_on_is_made_again(file: Path, again: Path, gone: str) -> None:
+    (again / "heads/mastaf/card.json").unlink()
+    if gone == "last.pt":
+        for name in ("last.pt", "previous.pt"):
+            (again / "heads/mastaf" / name).write_bytes(b"no checkpoint")
+    else:
+        shutil.copy(again / "heads/neighbor/best.pt", again / "heads/mastaf/best.pt")
+    report = run(file, again)
+    assert made(report) == ["heads/mastaf", *STAGES[4:]]
+    assert (again / "set_aside/heads_mastaf_1/best.pt").is_file()
+    assert made(run(file, again)) == []
 
 
 def test_folder_of_a_run_is_none_for_a_pipeline(file: Path, again: Path) -> None:
@@ -439,7 +498,43 @@ def test_half_precision_cubes_are_named_beside_the_live_accuracy(file: Path, aga
         assert live["accuracy"] == pytest.approx(live["accuracy_on_cubes"], abs=0.1)
     found = reproduce(again / "backbone", "cpu")
     assert found.is_identical, found
-    assert len(found.evaluations) == 5, "validation, and both numbers of shots through the cubes and by decoding"
+    assert len(found.evaluations) == 5, "validation, and both numbers of shots through the cubes of now and by decoding"
+    options = ("pipeline.set_extract.store.dtype=float16",)
+    assert made(run(file, again, *options)) == []
+
+
+def test_scores_by_decoding_and_through_rounded_cubes_stand_in_the_card_side_by_side(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With half precision in the backbone's recipe the store has the fingerprint that the run itself names."""
+    file, out = write_files(world, tmp_path / "files"), tmp_path / "out"
+    recipe = file.parent / "end_to_end.toml"
+    recipe.write_text(recipe.read_text().replace('dtype = "float32"', 'dtype = "float16"'))
+    read = CachedCubes.read
+    # Half precision alone seldom changes an answer.
+    monkeypatch.setattr(CachedCubes, "read", lambda *arguments: read(*arguments) ** 3)
+    rows = results(report := run(file, out))
+    through, live = rows["mastaf end to end, through its cubes"], rows["mastaf end to end, by decoding"]
+    assert {each["store_fingerprint"] for each in report["live"].values()} == {report["store_fingerprint"]}
+    assert all(through[shots]["accuracy"] != live[shots]["accuracy"] for shots in ("1", "2"))
+    card = read_card(out / "backbone")
+    for scores, has_store in ((live, False), (through, True)):
+        noted = [each for each in card["evaluations"] if (each["store"] is not None) == has_store]
+        assert {str(each["k_shot"]): each["accuracy"] for each in noted} == {
+            shots: score["accuracy"] for shots, score in scores.items()
+        }
+    assert len({each["outcomes_file"] for each in card["evaluations"]}) == 4
+    assert card["test_accuracy"] == live["1"]["accuracy"]
+    assert made(run(file, out)) == []
+    for store in (str(out / "cubes.zarr"), None):
+        asked = EvaluationRequest(out / "backbone", "test", 20, 2, 1, store, str(world.manifest_path))
+        evaluate_folder(asked, "cpu")
+        assert len(read_card(out / "backbone")["evaluations"]) == 4
+        assert made(run(file, out)) == [], "a score of the user's own takes no other's place"
+    assert not (out / "set_aside").exists()
+    found = reproduce(out / "backbone", "cpu")
+    assert found.is_identical, found
+    assert len(found.evaluations) == 5
 
 
 @pytest.mark.slow
@@ -490,6 +585,34 @@ def test_videos_are_rendered_where_no_manifest_is_given(world: World, tmp_path: 
     assert made(run(file, tmp_path / "out", "training.episodes=3")) == []
     next((tmp_path / "out/data/videos").rglob("*.mp4")).unlink()
     assert made(run(file, tmp_path / "out", "training.episodes=3")) == ["videos"], "the same files come out"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pipeline.compare.shots=[1, 8]", r"pipeline\.compare: split 'test'.* 8 \+ 1 = 9 .*pipeline\.demo_videos = 8"),
+        ("pipeline.compare.queries=8", r"pipeline\.compare: split 'test'.* 1 \+ 8 = 9 .*pipeline\.demo_videos = 8"),
+        ("episodes.n_way=11", r"split 'val' has 6 classes, but n_way = 11"),
+        ("pipeline.set_heads.episodes.k_shot=8", r"pipeline\.heads_recipe: split 'train'.* 8 \+ 1 = 9 "),
+    ],
+)
+def test_too_few_videos_to_render_are_refused_before_any_work(
+    world: World, tmp_path: Path, override: str, message: str
+) -> None:
+    file = write_files(world, tmp_path, PIPELINE.replace("heads = [", "demo_videos = 8\nheads = [", 1))
+    recipe = file.parent / "end_to_end.toml"
+    recipe.write_text(recipe.read_text().replace(f'manifest = "{world.manifest_path}"\n', ""))
+    with pytest.raises(SamplerError, match=message) as refused:
+        run(file, tmp_path / "out", override)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rendered_manifest_is_the_one_that_was_looked_at_before(tmp_path: Path) -> None:
+    names = [f"{name}/{name}_{number:03d}.mp4" for name in MOTION_CLASSES for number in range(2)]
+    before = whole_configs._manifest_to_be(2, tmp_path)
+    assert [video.path for video in before.videos] == [f"videos/{name}" for name in names]
+    assert before.split_hash == render_videos(tmp_path, 2).split_hash
 
 
 def test_folder_of_something_else_is_left_alone(file: Path, tmp_path: Path) -> None:
@@ -612,7 +735,8 @@ def test_stopped_while_it_scores_it_leaves_at_once_and_goes_on(
         ("pipeline.set_heads.episodes.train_views=3", r"episodes\.train_views = 3, but sampling\.num_views = 1"),
         ("pipeline.set_heads.episodes.n_way=3", r"episodes\.n_way is 2 in the backbone's recipe and 3"),
         ("pipeline.set_train.head.alpha=0.5", None),
-        ("pipeline.compare.shots=[1, 4]", r"fewer than k_shot \+ n_query = 4 \+ 1"),
+        ("pipeline.compare.shots=[1, 4]", r"pipeline\.compare: .*fewer than k_shot \+ n_query = 4 \+ 1"),
+        ("pipeline.set_heads.episodes.k_shot=4", r"pipeline\.heads_recipe: split 'train'.* = 4 \+ 1"),
         ("training.episodez=3", r"pipeline\.backbone \(end_to_end\.toml\): unknown key training\.episodez"),
         ("pipeline.set_heads.training.seed=-1", r"pipeline\.heads_recipe \(heads\.toml\): training\.seed"),
         (
