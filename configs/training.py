@@ -61,7 +61,7 @@ class TrainingConfig(BaseModel):
     """By which it lowers it."""
     warmup_episodes: int = Field(default=0, ge=0)
     """Training episodes over which the rate rises from nothing to its value, before the schedule begins."""
-    clip_gradient_norm: float | None = Field(default=None, gt=0)
+    clip_gradient_norm: float | None = Field(default=None, gt=0, allow_inf_nan=True)
     """Largest norm of all gradients of a step together; longer ones are shortened to it."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Of the moving average of the weights, taken every step; with it, the average is validated, saved as best and exported."""
@@ -78,8 +78,8 @@ class TrainingConfig(BaseModel):
     """Training episodes between two validations; the best checkpoint is chosen there."""
     validation_episodes: int = Field(default=1_000, ge=1)
     """Fixed episodes of the validation split."""
-    save_seconds: float = Field(default=600.0, gt=0)
-    """A checkpoint is written at least this often, beside those at validations. Changes no result."""
+    save_seconds: float = Field(default=600.0, gt=0, allow_inf_nan=True)
+    """A checkpoint is written at least this often, beside those at validations; inf: there alone. Changes no result."""
     track_test: bool = False
     """Also score the test split at every validation, only to print the published, test-selected number as its own line.
     The checkpoint is chosen on the validation split all the same."""

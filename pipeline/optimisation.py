@@ -224,7 +224,8 @@ def make_average(model: FewShotModel, training: TrainingConfig) -> AveragedModel
 
 def has_finite_weights(model: nn.Module) -> bool:
     """Whether every weight that learns is a number; the device is waited for once."""
-    learning = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    # An empty tensor has no largest element.
+    learning = [each.detach() for each in model.parameters() if each.requires_grad and each.numel()]
     return math.isfinite(float(torch.nn.utils.get_total_norm(learning, norm_type=math.inf)))
 
 

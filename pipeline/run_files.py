@@ -142,9 +142,11 @@ def refuse_other_config(config: RunConfig, checkpoint: Mapping[str, Any]) -> Non
             "--resume: the head's options that the config leaves out had other defaults when the run began: "
             f"{checkpoint['head_options']}, now {resolved_head_options(config)}. State them, or start a new --out."
         )
-    changeable -= _other_origins(stored, wanted, checkpoint["progress"].get("started_from", {}))
+    other_origins = _other_origins(stored, wanted, checkpoint["progress"].get("started_from", {}))
+    changeable -= other_origins
     differing = [
         f"{table}.{key}: run {stored[table].get(key)!r}, now {wanted[table].get(key)!r}"
+        + (", which does not hold the bytes that it began with" if f"{table}.{key}" in other_origins else "")
         for table in stored
         for key in sorted({*stored[table], *wanted[table]})
         if stored[table].get(key) != wanted[table].get(key) and f"{table}.{key}" not in changeable

@@ -21,6 +21,7 @@ from pipeline.classify import clip_sampler
 from pipeline.computed_on import computed_here, note_place
 from pipeline.console import say, shortened
 from pipeline.determinism import deterministic
+from pipeline.evaluation import ScoreError
 from pipeline.initial_weights import load_initial_weights
 from pipeline.interrupts import Stopped, StopRequest
 from pipeline.learning import Learner, TrainingError
@@ -82,6 +83,7 @@ def train(
 
     Raises:
         SetupError, SourceError, TrainingError: bad input, one line each.
+        ScoreError: a score of a validation is no number.
         RankLost: another rank has ended.
         Stopped: a signal came; last.pt is written.
     """
@@ -320,9 +322,10 @@ def _run(jobs: Sequence[TrainingJob], stop: StopRequest, ranks: Ranks) -> None:
             job.write_not_finite(error, batches)
         _let_first_finish(ranks)
         raise
-    except SourceError:
+    except (SourceError, ScoreError) as error:
         _save_unfinished(jobs)
-        write_bad_videos(jobs[0])
+        if isinstance(error, SourceError):
+            write_bad_videos(jobs[0])
         raise
     except (Stopped, RankLost):
         # Stopped within the validation of one head, or a step that is not begun: all of them stand between two steps.

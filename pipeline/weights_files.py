@@ -29,8 +29,9 @@ def weights_name(text: str | None) -> str | None:
 
 
 def plain_files(folder: Path) -> list[Path]:
-    """All files below a folder but hidden ones, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    """All files below a folder but hidden ones and those in hidden folders (of a downloader, with its times), sorted."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def folder_sha256(folder: Path) -> str:

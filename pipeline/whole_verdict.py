@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.console import shortened
-from pipeline.whole_outputs import DAMAGE
+from pipeline.whole_outputs import DAMAGE, OutputDamaged
 from pipeline.whole_record import Record, is_filled
 from pipeline.whole_stages import FILE_SIZES, Stage
 
@@ -110,6 +110,9 @@ def judge(
         return Verdict("go on", "it was stopped")
     try:
         now = stage.hashes(is_full)
+        gone = sorted(record.output.keys() - now.keys())
+        if gone:
+            raise OutputDamaged(f"its {', '.join(gone)} is gone")
     except DAMAGE as error:
         if stage.mend is None and stage.is_mended_by_going_on(record.output):
             return Verdict("mend", f"damaged: {error}; its weights are whole, so nothing is trained again")

@@ -123,9 +123,18 @@ def test_card_says_by_content_what_a_run_started_from(world: World, tmp_path: Pa
 def test_directory_of_weights_stands_by_its_files(tmp_path: Path) -> None:
     folder = tmp_path / "weights"
     folder.mkdir()
-    (folder / "a").write_bytes(b"1")
-    lines = f"a {hashlib.sha256(b'1').hexdigest()}"
-    assert weights_name(str(folder)) == f"directory {hashlib.sha256(lines.encode()).hexdigest()}"
+    (folder / "b").write_bytes(b"1")
+    (folder / "a").mkdir()
+    (folder / "a/c").write_bytes(b"2")
+    lines = f"a/c {hashlib.sha256(b'2').hexdigest()}\nb {hashlib.sha256(b'1').hexdigest()}"
+    name = f"directory {hashlib.sha256(lines.encode()).hexdigest()}"
+    assert weights_name(str(folder)) == name
+    # What a downloader writes down beside them has times in it.
+    (folder / ".cache/download").mkdir(parents=True)
+    (folder / ".cache/download/b.metadata").write_text("today")
+    assert weights_name(str(folder)) == name
+    (folder / "b").write_bytes(b"3")
+    assert weights_name(str(folder)) != name
 
 
 def test_head_from_the_cubes_of_another_backbone_starts_with_a_warning(

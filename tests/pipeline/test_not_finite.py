@@ -5,23 +5,29 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
+from torch import nn
 
 from configs.load import ConfigError, load_config
 from configs.schema import RunConfig
 from contracts.made_runs import MadeRuns
 from contracts.world import World
+from episodes.batch import EpisodeBatch
+from episodes.head import HeadOutput
+from episodes.sampler import draw_noise_seed
 from pipeline import training
 from pipeline.checkpoint import load_checkpoint
 from pipeline.classify_score import mean_probabilities
-from pipeline.evaluation import ScoreError
+from pipeline.evaluation import ScoreError, evaluate_model
 from pipeline.learning import TrainingError
+from pipeline.model import FewShotModel
 from pipeline.optimisation import has_finite_weights
 from pipeline.running_statistics import EpisodeOrder
 from pipeline.scoring import evaluate_run, load_run
-from pipeline.setup import prepare
+from pipeline.setup import make_sampler, prepare
 
 CPU = torch.device("cpu")
 
@@ -49,6 +55,14 @@ def test_settings_that_are_no_numbers_are_refused(override: str) -> None:
         load_config(None, [override])
 
 
+def test_no_limit_may_be_written_as_infinity() -> None:
+    training_config = load_config(None, ["training.save_seconds=inf", "training.clip_gradient_norm=inf"]).training
+    assert (training_config.save_seconds, training_config.clip_gradient_norm) == (math.inf, math.inf)
+    for name in ("save_seconds", "clip_gradient_norm"):
+        with pytest.raises(ConfigError, match=rf"training\.{name}"):
+            load_config(None, [f"training.{name}=nan"])
+
+
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_weights_are_looked_at_one_by_one(number: float) -> None:
     model = torch.nn.Linear(3, 3)
@@ -58,6 +72,8 @@ def test_weights_are_looked_at_one_by_one(number: float) -> None:
         model.weight[2, 2] = number
     assert not has_finite_weights(model)
     model.requires_grad_(False)
+    assert has_finite_weights(model)
+    model.register_parameter("nothing", torch.nn.Parameter(torch.zeros(0)))
     assert has_finite_weights(model)
 
 
@@ -124,6 +140,32 @@ def test_scores_that_are_no_numbers_are_no_answers(made: MadeRuns, tmp_path: Pat
         next(iter(run.model.head.parameters())).fill_(math.nan)
     with pytest.raises(ScoreError, match=r"the scores of evaluation episode 0 are not finite"):
         evaluate_run(run, "test", 5, CPU)
+
+
+class Poisoned(nn.Module):
+    """A model whose scores of one episode are no numbers."""
+
+    def __init__(self, model: FewShotModel, seed: int) -> None:
+        super().__init__()
+        self.model, self.encoder, self.seed = model, model.encoder, seed
+
+    def forward(self, batch: EpisodeBatch) -> HeadOutput:
+        output: HeadOutput = self.model(batch)
+        assert batch.seeds is not None
+        output.logits[batch.seeds == self.seed, -1, 0] = math.nan
+        return output
+
+
+@pytest.mark.parametrize("index", [0, 1, 7, 39])
+def test_episode_whose_scores_are_no_numbers_is_named(made: MadeRuns, index: int) -> None:
+    run = load_run(made.heads[0], CPU)
+    sampler = make_sampler(run.config, run.manifest, "test")
+    model = Poisoned(run.model, draw_noise_seed(sampler.split_hash, sampler.seed, index))
+    with pytest.raises(ScoreError, match=rf"the scores of evaluation episode {index} are not finite"):
+        evaluate_model(cast(FewShotModel, model), run.source, sampler, 40, CPU)
+    # The episodes before it have scores.
+    if index:
+        assert evaluate_model(cast(FewShotModel, model), run.source, sampler, index, CPU).episodes == index
 
 
 def test_held_out_probabilities_that_are_no_numbers_are_no_answers(world: World) -> None:

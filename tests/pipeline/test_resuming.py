@@ -139,7 +139,9 @@ def test_where_the_first_weights_came_from_stays_in_the_record(made: MadeRuns, t
         training.train(on_cubes(made, changed), tmp_path / "run", CPU, resume=True)
     start.rename(tmp_path / "moved")
     foreign = f'training.initial_weights="{tmp_path / "moved/last.pt"}"'
-    with pytest.raises(SetupError, match=r"training\.initial_weights: run .*, now '.*moved/last\.pt'"):
+    with pytest.raises(
+        SetupError, match=r"training\.initial_weights: run .*, now '.*moved/last\.pt', which does not hold the bytes"
+    ):
         training.train(on_cubes(made, foreign), tmp_path / "run", CPU, resume=True)
     # The same words as before, though the file is gone; and where it is now.
     stopped_again = on_cubes(made, given, "training.episodes=9")

@@ -365,6 +365,24 @@ def test_lost_card_of_the_backbone_is_written_again_and_nothing_is_trained(
     assert found.is_identical, found
 
 
+@pytest.mark.parametrize("kind", ["gone", "damaged"])
+def test_lost_backbone_is_exported_again_and_nothing_is_trained(
+    file: Path, again: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported, before = again / "backbone/backbone.pt", report_of(again)
+    if kind == "gone":
+        exported.unlink()
+    else:
+        exported.write_bytes(b"no checkpoint")
+    monkeypatch.setattr(training, "run_loop", loop_without_steps)
+    report = run(file, again)
+    assert made(report) == ["train"], "the card has kept its scores"
+    assert load_checkpoint(exported)["state_dict"]
+    assert not list((again / "set_aside").glob("train_*"))
+    assert results(report) == results(before)
+    assert made(run(file, again)) == []
+
+
 def loop_without_steps(learners: Sequence[Learner], *_: object) -> None:
     """In place of the training loop, where there is nothing left to train."""
     assert all(learner.done == learner.config.episodes for learner in learners)
