@@ -214,7 +214,8 @@ def _refuse_other_weights(folder: Path, card: Mapping[str, Any]) -> None:
 
 
 def _name(entry: RecordedEvaluation) -> str:
-    return f"{entry.split}, {protocol_words(entry.model_dump())}, {entry.episodes} episodes, seed {entry.seed}"
+    through = f", store {entry.store}" if entry.store is not None else ""
+    return f"{entry.split}, {protocol_words(entry.model_dump())}, {entry.episodes} episodes, seed {entry.seed}{through}"
 
 
 def _place(folder: Path, recorded: str | None) -> str | None:

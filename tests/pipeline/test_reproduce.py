@@ -327,6 +327,9 @@ def test_evaluation_on_a_store_beside_the_run_moves_with_it(
     monkeypatch.chdir(tmp_path)
     code, out, err = mastaf("reproduce", "second/run", "--device", "cpu", "--split", "test")
     assert code == 0, out + err
+    assert "10 episodes, seed 0, store ../data/cubes.zarr: card" in out, (
+        "beside one without a store, it has to be told apart"
+    )
 
 
 @pytest.mark.parametrize("is_gone", [False, True])
