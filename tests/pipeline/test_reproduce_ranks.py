@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,9 @@ def test_ranks_reproduce_what_one_process_does(tmp_path: Path) -> None:
     run_in(tmp_path)
     alone = reproduce(tmp_path / "run", "cpu")
     assert alone.is_identical, alone.to_text()
-    assert run_ranks(2, reproduce_on, CPU, tmp_path / "run", read_card(tmp_path / "run")) == [alone, alone]
+    found = run_ranks(2, reproduce_on, CPU, tmp_path / "run", read_card(tmp_path / "run"))
+    # What differs from the card's machine may differ among processes too: their numbers of threads.
+    assert [replace(each, changes=()) for each in found] == 2 * [replace(alone, changes=())]
 
 
 def test_a_video_that_one_rank_cannot_read_ends_all_and_is_named(tmp_path: Path) -> None:
